@@ -1,0 +1,27 @@
+"Installs MiniKL with the facts of settings.ini; written for nbdev 2, which reads the same file."
+from configparser import ConfigParser
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+here = Path(__file__).parent
+config = ConfigParser(delimiters=["="])
+config.read(here / "settings.ini", encoding="utf-8")
+facts = config["DEFAULT"]
+
+setup(
+    name=facts["lib_name"],
+    version=facts["version"],
+    description=facts["description"],
+    long_description=(here / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    author=facts["author"],
+    url=facts["git_url"],
+    license=facts["license"].upper(),
+    keywords=facts["keywords"],
+    packages=find_packages(include=[facts["lib_name"]]),
+    python_requires=f">={facts['min_python']}",
+    install_requires=facts["requirements"].split(),
+    extras_require={"dev": facts["dev_requirements"].split()},
+    entry_points={"nbdev": [f"{facts['lib_name']}={facts['lib_path']}._modidx:d"]},
+)
