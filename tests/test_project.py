@@ -1,0 +1,79 @@
+"The notebooks are the source: everything else follows from them."
+import json
+import shutil
+import sys
+
+import pytest
+from conftest import ROOT
+
+LESSONS = sorted((ROOT / "nbs").glob("[0-9]*.ipynb"))
+SOURCES = [*LESSONS, ROOT / "nbs" / "index.ipynb"]
+
+
+@pytest.fixture(scope="session")
+def copy(tmp_path_factory):
+    "The project without what is built, to let nbdev loose on."
+    folder = tmp_path_factory.mktemp("project") / "minikl"
+    ignore = shutil.ignore_patterns(".git", ".venv", "out", "_docs", "_proc", "data", "__pycache__", "*.egg-info", ".ipynb_checkpoints")
+    shutil.copytree(ROOT, folder, ignore=ignore)
+    return folder
+
+
+def files(folder, pattern): return {path.name: path.read_bytes() for path in folder.glob(pattern)}
+
+
+def test_package_is_what_the_lessons_export(copy, python):
+    shutil.rmtree(copy / "minikl")
+    done = python("-c", f"import os; os.chdir({str(copy)!r}); from nbdev.export import nbdev_export; nbdev_export()")
+    assert done.returncode == 0, done.stderr
+    assert files(copy / "minikl", "*.py") == files(ROOT / "minikl", "*.py"), "edit the lessons, never minikl/; then: make export"
+
+
+def test_lessons_are_clean(copy, python):
+    before = files(copy / "nbs", "*.ipynb")
+    done = python("-c", f"import os; os.chdir({str(copy)!r}); from nbdev.clean import nbdev_clean; nbdev_clean()")
+    assert done.returncode == 0, done.stderr
+    assert files(copy / "nbs", "*.ipynb") == before, "run nbdev_clean"
+
+
+@pytest.mark.parametrize("path", LESSONS, ids=lambda path: path.stem)
+def test_lesson_shows_its_outputs(path):
+    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    outputs = [output for cell in cells for output in cell.get("outputs", [])]
+    assert not [output for output in outputs if output["output_type"] == "error"]
+    assert any("image/png" in output.get("data", {}) for output in outputs), "no plot: run make execute"
+
+
+def test_no_class_is_defined_twice():
+    import re
+    names = [name for path in LESSONS for cell in json.loads(path.read_text(encoding="utf-8"))["cells"] if cell["cell_type"] == "code"
+             for name in set(re.findall(r"^class (\w+)", "".join(cell["source"]), re.M))]
+    assert sorted(names) == sorted(set(names))
+
+
+def test_rooms_import_only_from_lower_rooms():
+    import re
+    names = [path.stem for path in LESSONS]
+    module = {name: re.search(r"#\| *default_exp (\w+)", (ROOT / "nbs" / f"{name}.ipynb").read_text(encoding="utf-8"))[1] for name in names}
+    for i, name in enumerate(names):
+        source = (ROOT / "minikl" / f"{module[name]}.py").read_text(encoding="utf-8")
+        used = set(re.findall(r"^from (?:minikl)?\.(\w+) import", source, re.M))
+        assert used <= {module[lower] for lower in names[:i]}, f"{name} reaches upwards"
+
+
+def test_no_module_hides_the_standard_library():
+    assert not {path.stem for path in (ROOT / "minikl").glob("*.py")} & set(sys.stdlib_module_names)
+
+
+def test_package_is_plain_pytorch(python):
+    code = ("import sys, pkgutil, importlib, minikl\n"
+            "for module in pkgutil.iter_modules(minikl.__path__): importlib.import_module('minikl.' + module.name)\n"
+            "print(sorted({'transformers', 'tokenizers', 'deepspeed', 'lightning', 'wandb'} & set(sys.modules)))")
+    done = python("-c", code)
+    assert done.stdout.strip() == "[]", done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.stem)
+def test_lesson_runs(path, python):
+    done = python("-c", f"from nbdev.test import nbdev_test; nbdev_test(path={str(path)!r}, n_workers=0)")
+    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
