@@ -35,6 +35,7 @@ def rename_pages(folder, base):
     for path in list(folder.glob("*.ipynb")) + [folder / "sidebar.yml"]:
         text = path.read_text(encoding="utf-8").replace(f"{base}/", "")
         for old, new in names.items(): text = text.replace(old, new)
+        text = re.sub(r"output-file: [^\\\n]*\\n", "", text)   # said by the new name
         path.unlink()
         (folder / names.get(path.name, path.name)).write_text(text, encoding="utf-8")
 
