@@ -183,11 +183,7 @@ def parse_options(
     return pick(TrainConfig), pick(MiniKLConfig)
 
 # %% ../nbs/08_ddp.ipynb #c056
-def check(
-    options,  # TrainConfig
-    config,   # MiniKLConfig
-    n_ranks,  # processes
-):
+def check(options, config, n_ranks):
     "Find what cannot work before anything slow begins. `ValueError` names the option."
     choices = dict(corpus=CORPORA, layout=LAYOUTS, optimizer=("muon", "adamw"), dtype=("auto", "fp32", "bf16", "fp16"))
     least, below = dict(grad_accum=1, log_every=1, eval_documents=1, epochs=1e-6, clip=1e-6), dict(warmup=1, held_out=1)
@@ -206,13 +202,8 @@ def splits(token_file, options):
     if len(kept) and len(held_out): return kept, held_out[::math.ceil(len(held_out) / options.eval_documents)]
     raise ValueError(f"held_out={options.held_out} leaves {len(kept)} documents to train on and {len(held_out)} to evaluate on; each needs one at least")
 
-def baselines(
-    paths,     # data files
-    kept,      # indices of the documents to train on
-    held_out,  # indices of the documents to evaluate on
-    limit=3_000_000,  # characters of training text that are read at most
-):                    # {name: bits per character}
-    "What a model has to beat: a bigram and the compressor xz, given the same training text."
+def baselines(paths, kept, held_out, limit=3_000_000):
+    "What a model has to beat, {name: bits per character}: a bigram and the compressor xz, given up to `limit` characters of the same training text."
     kept, held_out, texts, n_chars = set(kept.tolist()), set(held_out.tolist()), ([], []), 0
     for i, text in enumerate(read_jsonl(paths)):
         if i in held_out: texts[1].append(text)
@@ -309,20 +300,15 @@ def plot_run(
     names = sorted(compare, key=compare.get)
     bars = right.barh(names, [compare[name] for name in names], color=["#D55E00" if name == "MiniKL" else "#999999" for name in names])
     right.bar_label(bars, fmt="%.2f", padding=3)
-    right.margins(x=0.2)
+    right.margins(x=0.25)
     right.set(xlabel="held-out bits per character")
     figure.savefig(image, dpi=120)
     write_atomically(path, image.getvalue())
 
 # %% ../nbs/08_ddp.ipynb #c072
 class Run:
-    "One training run: everything that its steps share."
-    def __init__(
-        self,
-        options,  # TrainConfig
-        config,   # MiniKLConfig; its vocab_size becomes that of the vocabulary
-        ranks,    # Ranks
-    ):
+    "One training run: everything that its steps share. The model gets the vocab_size of the vocabulary, not that of `config`."
+    def __init__(self, options, config, ranks):
         check(options, config, ranks.world)
         self.options, self.ranks, self.training_seconds, self.evaluation_seconds = options, ranks, 0.0, 0.0
         self.paths, self.vocab, self.folder, self.compare = ranks.once_per_host(lambda: prepare(options, config.vocab_size))
@@ -372,11 +358,8 @@ def settings(self: Run):
             "torch": torch.__version__, "python": platform.python_version()}
 
 # %% ../nbs/08_ddp.ipynb #c078
-def train(
-    run,       # Run
-    recorder,  # Recorder on the first process, None on the others
-):
-    "Step until the steps or the minutes are used up. Every process takes the same decisions, because all decide from numbers they share."
+def train(run, recorder):
+    "Step until the steps or the minutes are used up. `recorder` is None on all processes but the first. All decide alike, from numbers they share."
     options, ranks, start = run.options, run.ranks, time.perf_counter()
     clock = lambda: time.perf_counter() - start - run.evaluation_seconds
     step, n_tokens, window, progress = 0, 0, [], 0.5 / run.max_steps
