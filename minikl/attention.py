@@ -65,7 +65,7 @@ class KVCache:
         d_head,        # features per head
         **options,     # device=…, dtype=…
     ):
-        self.k, self.v = torch.zeros(2, num_layers, batch, max_len, num_kv_heads, d_head, **options)
+        self.k, self.v = (torch.zeros(num_layers, batch, max_len, num_kv_heads, d_head, **options) for _ in "kv")
         self.length = 0
 
 # %% ../nbs/04_attention.ipynb #c063

@@ -156,7 +156,7 @@ class TrainConfig:
     wandb_project: str = option("minikl", "project on W&B")
 
 # %% ../nbs/08_ddp.ipynb #c052
-RECIPE = dict(d_model=128, num_heads=4, num_kv_heads=4, num_layers=2, vocab_size=6000, max_seq_len=512)   # three minutes on two CPU cores
+RECIPE = dict(d_model=128, num_heads=4, num_kv_heads=4, num_layers=2, vocab_size=4000, max_seq_len=512)   # three minutes on two CPU cores
 
 def truth(text):
     if text.lower() in ("true", "yes", "1"): return True
