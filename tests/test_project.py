@@ -1,5 +1,6 @@
 "The notebooks are the source: everything else follows from them."
 import json
+import re
 import shutil
 import sys
 
@@ -24,7 +25,7 @@ def files(folder, pattern): return {path.name: path.read_bytes() for path in fol
 
 def test_package_is_what_the_lessons_export(copy, python):
     shutil.rmtree(copy / "minikl")
-    done = python("-c", f"import os; os.chdir({str(copy)!r}); from nbdev.export import nbdev_export; nbdev_export()")
+    done = python("-c", f"import os; os.chdir({str(copy)!r}); from nbdev.doclinks import nbdev_export; nbdev_export()")
     assert done.returncode == 0, done.stderr
     assert files(copy / "minikl", "*.py") == files(ROOT / "minikl", "*.py"), "edit the lessons, never minikl/; then: make export"
 
@@ -45,14 +46,12 @@ def test_lesson_shows_its_outputs(path):
 
 
 def test_no_class_is_defined_twice():
-    import re
     names = [name for path in LESSONS for cell in json.loads(path.read_text(encoding="utf-8"))["cells"] if cell["cell_type"] == "code"
              for name in set(re.findall(r"^class (\w+)", "".join(cell["source"]), re.M))]
     assert sorted(names) == sorted(set(names))
 
 
 def test_rooms_import_only_from_lower_rooms():
-    import re
     names = [path.stem for path in LESSONS]
     module = {name: re.search(r"#\| *default_exp (\w+)", (ROOT / "nbs" / f"{name}.ipynb").read_text(encoding="utf-8"))[1] for name in names}
     for i, name in enumerate(names):
@@ -77,3 +76,12 @@ def test_package_is_plain_pytorch(python):
 def test_lesson_runs(path, python):
     done = python("-c", f"from nbdev.test import nbdev_test; nbdev_test(path={str(path)!r}, n_workers=0)")
     assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="the site needs Quarto, or Python 3.11 or newer")
+def test_site_has_a_page_for_each_lesson(copy, python):
+    done = python("-c", f"import os, runpy; os.chdir({str(copy)!r}); runpy.run_path('tools/site.py', run_name='__main__')")
+    assert done.returncode == 0, done.stderr
+    pages = {path.stem: path.read_text(encoding="utf-8") for path in (copy / "_docs").glob("*.html")}
+    assert set(pages) == {"index", *(path.stem.split("_", 1)[1] for path in LESSONS)}
+    assert all("本课小结" in page for name, page in pages.items() if name != "index")
