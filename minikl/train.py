@@ -391,7 +391,7 @@ def finish(
     recorder.write(1.0, step=recorder.lines[-1]["step"], seconds=run.training_seconds, bits_per_char=bits)
     recorder.close()
     out, compare = Path(run.options.out_dir), {"MiniKL": bits, **run.compare}
-    result = {**run.settings(), "held_out_documents": len(run.held_out), "bits_per_char": compare,
+    result = {**run.settings(), "held_out_characters": run.held_out.n_chars, "bits_per_char": compare,
               "training_seconds": run.training_seconds, "evaluation_seconds": run.evaluation_seconds}
     plot_run(recorder.lines, compare, out / "loss.png")
     os.replace(recorder.file.name, out / "metrics.jsonl")
