@@ -1,6 +1,7 @@
 # MiniKL: `make run` trains a model that writes verse, `make test` checks everything. The other targets: make help
 PYTHON ?= python3
 MINUTES ?= 3
+EPOCHS ?= 4
 PROCESSES ?= 2
 OUT ?= out
 BIN := .venv/bin
@@ -10,7 +11,7 @@ READY := .venv/ready
 .DELETE_ON_ERROR:
 
 help:
-	@echo 'make run      train on classical Chinese poetry for $(MINUTES) minutes, then continue 一生一代一双人，'
+	@echo 'make run      train on classical Chinese poetry for $(MINUTES) minutes (at most $(EPOCHS) epochs), then continue 一生一代一双人，'
 	@echo 'make test     run every lesson and every test'
 	@echo 'make lab      open the lessons in JupyterLab'
 	@echo 'make export   write minikl/ from the lessons'
@@ -28,7 +29,7 @@ $(READY): requirements.txt setup.py settings.ini
 	@touch $@
 
 $(OUT)/model.safetensors: | $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node=$(PROCESSES) minikl/train.py --minutes=$(MINUTES) --out_dir=$(OUT)
+	OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node=$(PROCESSES) minikl/train.py --minutes=$(MINUTES) --epochs=$(EPOCHS) --out_dir=$(OUT)
 
 run: $(OUT)/model.safetensors
 	@$(BIN)/python -c 'import json; print("$(OUT)/ holds a model trained on", *(r := json.load(open("$(OUT)/run.json", encoding="utf-8")))["data"], "\nheld-out bits per character:", ", ".join(f"{k} {v:.2f}" for k, v in r["bits_per_char"].items()))'

@@ -132,9 +132,9 @@ class TrainConfig:
     vocab_dict_path: str = option("", "vocabulary {token: id} (default: train one of --vocab_size tokens on the data)")
     corpus: str = option("poetry", "built-in data where no --data_jsonl_path is given: poetry or toy")
     out_dir: str = option("out", "where model, vocabulary, metrics and plot are written")
-    epochs: float = option(1.0, "passes over the data, unless --max_steps or --minutes is given")
+    epochs: float = option(0.0, "passes over the data; of --epochs, --max_steps and --minutes, whichever ends first (default: one epoch)")
     max_steps: int = option(0, "optimizer steps")
-    minutes: float = option(0.0, "wall-clock minutes; with --max_steps, whichever ends first")
+    minutes: float = option(0.0, "wall-clock minutes")
     batch_size: int = option(32, "documents per optimizer step, over all processes")
     grad_accum: int = option(1, "micro-batches per optimizer step and process")
     optimizer: str = option("muon", "muon or adamw")
@@ -186,7 +186,7 @@ def parse_options(
 def check(options, config, n_ranks):
     "Find what cannot work before anything slow begins. `ValueError` names the option."
     choices = dict(corpus=CORPORA, layout=LAYOUTS, optimizer=("muon", "adamw"), dtype=("auto", "fp32", "bf16", "fp16"))
-    least, below = dict(grad_accum=1, log_every=1, eval_documents=1, epochs=1e-6, clip=1e-6), dict(warmup=1, held_out=1)
+    least, below = dict(grad_accum=1, log_every=1, eval_documents=1, clip=1e-6), dict(warmup=1, held_out=1)
     for name, value in asdict(options).items():
         low, high = least.get(name, 0), below.get(name, math.inf)
         if name in choices and value not in choices[name]: raise ValueError(f"{name}={value!r}: expected one of {', '.join(choices[name])}")
@@ -322,7 +322,8 @@ class Run:
         self.loss = DistributedDataParallel(Objective(self.model)) if ranks.world > 1 else self.model.loss
         self.precision, self.layout = Precision(options.dtype, ranks.device.type), LAYOUTS[options.layout]
         self.optimizers = make_optimizers(self.model, options.optimizer, options.lr, options.muon_lr, options.weight_decay)
-        self.max_steps = options.max_steps or (math.inf if options.minutes else math.ceil(options.epochs * len(self.documents) / options.batch_size))
+        epochs = options.epochs or (0 if options.max_steps or options.minutes else 1)
+        self.max_steps = min(options.max_steps or math.inf, math.ceil(epochs * len(self.documents) / options.batch_size) or math.inf)
 
 # %% ../nbs/08_ddp.ipynb #c074
 @patch
