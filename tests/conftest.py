@@ -26,7 +26,7 @@ def python():
 @pytest.fixture
 def torchrun(python):
     "The same under torchrun with two processes."
-    return lambda *arguments, **options: python("-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=29617", *arguments, **options)
+    return lambda *arguments, **options: python("-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", *arguments, **options)
 
 
 def pytest_unconfigure(config):

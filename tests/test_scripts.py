@@ -29,7 +29,7 @@ def corpus(tmp_path_factory):
 def trained(corpus, tmp_path_factory):
     "A model trained by torchrun on that corpus and vocabulary."
     out = tmp_path_factory.mktemp("trained") / "out"
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=29618", "minikl/train.py",
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", "minikl/train.py",
                            f"--vocab_dict_path={corpus}/vocab.json", f"--data_jsonl_path={corpus}/data.jsonl", "--max_steps=30", f"--out_dir={out}"],
                           cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
