@@ -49,7 +49,7 @@ execute: $(READY)
 	$(BIN)/nbdev_export
 
 docs: $(READY)
-	$(BIN)/python tools/site.py
+	$(BIN)/python tools/docs.py
 
 clean:
 	rm -rf $(OUT) _docs _proc data/cache data/poetry.jsonl data/nalan.jsonl data/chinese-poetry-2.0.1.tgz nbs/nbdev.yml

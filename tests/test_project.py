@@ -20,33 +20,35 @@ def copy(tmp_path_factory):
     return folder
 
 
+def cells(path): return json.loads(path.read_text(encoding="utf-8"))["cells"]
+
+
 def files(folder, pattern): return {path.name: path.read_bytes() for path in folder.glob(pattern)}
 
 
 def test_package_is_what_the_lessons_export(copy, python):
     shutil.rmtree(copy / "minikl")
-    done = python("-c", f"import os; os.chdir({str(copy)!r}); from nbdev.doclinks import nbdev_export; nbdev_export()")
+    done = python("-c", "from nbdev.doclinks import nbdev_export; nbdev_export()", cwd=copy)
     assert done.returncode == 0, done.stderr
     assert files(copy / "minikl", "*.py") == files(ROOT / "minikl", "*.py"), "edit the lessons, never minikl/; then: make export"
 
 
 def test_lessons_are_clean(copy, python):
     before = files(copy / "nbs", "*.ipynb")
-    done = python("-c", f"import os; os.chdir({str(copy)!r}); from nbdev.clean import nbdev_clean; nbdev_clean()")
+    done = python("-c", "from nbdev.clean import nbdev_clean; nbdev_clean()", cwd=copy)
     assert done.returncode == 0, done.stderr
     assert files(copy / "nbs", "*.ipynb") == before, "run nbdev_clean"
 
 
 @pytest.mark.parametrize("path", LESSONS, ids=lambda path: path.stem)
 def test_lesson_shows_its_outputs(path):
-    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
-    outputs = [output for cell in cells for output in cell.get("outputs", [])]
+    outputs = [output for cell in cells(path) for output in cell.get("outputs", [])]
     assert not [output for output in outputs if output["output_type"] == "error"]
     assert any("image/png" in output.get("data", {}) for output in outputs), "no plot: run make execute"
 
 
 def test_no_class_is_defined_twice():
-    names = [name for path in LESSONS for cell in json.loads(path.read_text(encoding="utf-8"))["cells"] if cell["cell_type"] == "code"
+    names = [name for path in LESSONS for cell in cells(path) if cell["cell_type"] == "code"
              for name in set(re.findall(r"^class (\w+)", "".join(cell["source"]), re.M))]
     assert sorted(names) == sorted(set(names))
 
@@ -80,7 +82,7 @@ def test_lesson_runs(path, python):
 
 @pytest.mark.skipif(sys.version_info < (3, 11), reason="the site needs Quarto, or Python 3.11 or newer")
 def test_site_has_a_page_for_each_lesson(copy, python):
-    done = python("-c", f"import os, runpy; os.chdir({str(copy)!r}); runpy.run_path('tools/site.py', run_name='__main__')")
+    done = python("tools/docs.py", cwd=copy)
     assert done.returncode == 0, done.stderr
     pages = {path.stem: path.read_text(encoding="utf-8") for path in (copy / "_docs").glob("*.html")}
     assert set(pages) == {"index", *(path.stem.split("_", 1)[1] for path in LESSONS)}

