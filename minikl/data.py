@@ -38,8 +38,8 @@ import torch
 from fastcore.basics import patch
 from tqdm import tqdm
 
+
 import minikl
-from .tokenizer import Tokenizer
 
 # %% ../nbs/02_data.ipynb #c007
 DATA = Path(minikl.__file__).resolve().parent.parent / "data"
