@@ -128,9 +128,10 @@ def option(default, help): return field(default=default, metadata={"help": help}
 @dataclass
 class TrainConfig:
     "The options of the script, beside those of MiniKLConfig."
-    data_jsonl_path: tuple = option((), "one or more .jsonl or .jsonl.gz files, a document per line")
+    data_jsonl_path: tuple = option((), "one or more .jsonl, .jsonl.gz or .jsonl.zst files, a document per line")
+    on_bad_line: str = option("error", "what a malformed line does: error (stop and name it) or skip (leave it out and count it)")
     vocab_dict_path: str = option("", "vocabulary {token: id} (default: train one of --vocab_size tokens on the data)")
-    corpus: str = option("poetry", "built-in data where no --data_jsonl_path is given: poetry or toy")
+    corpus: str = option("poetry", f"built-in data where no --data_jsonl_path is given: {', '.join(CORPORA)}")
     out_dir: str = option("out", "where model, vocabulary, metrics and plot are written")
     epochs: float = option(0.0, "passes over the data; of --epochs, --max_steps and --minutes, whichever ends first (default: one epoch)")
     max_steps: int = option(0, "optimizer steps")
@@ -185,7 +186,7 @@ def parse_options(
 # %% ../nbs/08_ddp.ipynb #c056
 def check(options, config, n_ranks):
     "Find what cannot work before anything slow begins. `ValueError` names the option."
-    choices = dict(corpus=CORPORA, layout=LAYOUTS, optimizer=("muon", "adamw"), dtype=("auto", "fp32", "bf16", "fp16"))
+    choices = dict(corpus=CORPORA, on_bad_line=("error", "skip"), layout=LAYOUTS, optimizer=("muon", "adamw"), dtype=("auto", "fp32", "bf16", "fp16"))
     least, below = dict(grad_accum=1, log_every=1, eval_documents=1, clip=1e-6), dict(warmup=1, held_out=1)
     for name, value in asdict(options).items():
         low, high = least.get(name, 0), below.get(name, math.inf)
@@ -202,15 +203,14 @@ def splits(token_file, options):
     if len(kept) and len(held_out): return kept, held_out[::math.ceil(len(held_out) / options.eval_documents)]
     raise ValueError(f"held_out={options.held_out} leaves {len(kept)} documents to train on and {len(held_out)} to evaluate on; each needs one at least")
 
-def baselines(paths, kept, held_out, limit=3_000_000):
-    "What a model has to beat, {name: bits per character}: a bigram and the compressor xz, given up to `limit` characters of the same training text."
-    kept, held_out, texts, n_chars = set(kept.tolist()), set(held_out.tolist()), ([], []), 0
-    for i, text in enumerate(read_jsonl(paths)):
-        if i in held_out: texts[1].append(text)
-        elif i in kept and n_chars < limit:
-            texts[0].append(text)
-            n_chars += len(text)
-    return {"bigram": bigram_bits_per_char(*texts), "xz": xz_bits_per_char(*texts)}
+def baselines(texts, n_chars, kept, held_out, limit=3_000_000):
+    "What a model has to beat, {name: bits per character}: a bigram and the compressor xz, given the same training text, thinned evenly to `limit` characters."
+    kept = kept[::math.ceil(int(n_chars[kept].sum()) / limit)]
+    side = dict.fromkeys(kept.tolist(), 0) | dict.fromkeys(held_out.tolist(), 1)
+    chosen = [], []
+    for i, text in enumerate(texts):
+        if i in side: chosen[side[i]].append(text)
+    return {"bigram": bigram_bits_per_char(*chosen), "xz": xz_bits_per_char(*chosen)}
 
 # %% ../nbs/08_ddp.ipynb #c062a
 def find_data(options):
@@ -223,7 +223,7 @@ def find_data(options):
         except OSError as error:
             print(f"{error}. Training on the toy corpus instead.", flush=True)
             paths = [build_toy()]
-    if next(read_jsonl(paths), None) is None: raise ValueError(f"{', '.join(map(str, paths))}: no documents; expected lines like {{\"content\": \"…\"}}")
+    if next(read_jsonl(paths, options.on_bad_line), None) is None: raise ValueError(f"{', '.join(map(str, paths))}: no documents; expected lines like {{\"content\": \"…\"}}")
     return paths
 
 # %% ../nbs/08_ddp.ipynb #c062
@@ -238,16 +238,19 @@ def prepare(
         vocab = cache / f"vocab-{fingerprint(paths, vocab_size, options.held_out)}.json"
         if not vocab.exists():
             print(f"training a tokenizer of {vocab_size} tokens", flush=True)
-            Tokenizer.train((text for text in read_jsonl(paths) if hash_fraction(text) >= options.held_out), vocab_size).save(vocab)
+            share = min(1, 15e6 / sum(path.stat().st_size for path in paths))   # of a large corpus an even sample will do
+            within = lambda text: options.held_out <= hash_fraction(text) <= options.held_out + share * (1 - options.held_out)
+            Tokenizer.train(filter(within, read_jsonl(paths, options.on_bad_line)), vocab_size).save(vocab)
     tokenizer = Tokenizer.load(vocab)
-    folder = build_tokens(paths, tokenizer, cache)
+    folder = build_tokens(paths, tokenizer, cache, options.on_bad_line)
     token_file = TokenFile(folder)
-    lost = int((token_file.tokens == tokenizer.special.get("<unk>", -1)).sum()) / len(token_file.tokens)
-    if lost: print(f"{lost:.1%} of the tokens are <unk>: text that the vocabulary cannot spell, and that bits per character leave out", flush=True)
+    bad, empty, unknown = (token_file.counts[name] for name in ("bad", "empty", "unknown"))
+    if bad or empty: print(f"passed over {bad} malformed and {empty} empty records; {folder / 'passed_over.txt'} names them", flush=True)
+    if unknown: print(f"{unknown / len(token_file.tokens):.1%} of the tokens are <unk>: text that the vocabulary cannot spell, and that bits per character leave out", flush=True)
     parts, known = splits(token_file, options), folder / f"baselines-{options.held_out}-{options.eval_documents}.json"
     if not known.exists():
         print("computing the baselines", flush=True)
-        write_atomically(known, json.dumps(baselines(paths, *parts)))
+        write_atomically(known, json.dumps(baselines(read_jsonl(paths, options.on_bad_line), token_file.n_chars, *parts)))
     found = json.loads(known.read_text())
     if paths == [DATA / "toy.jsonl"]: found["entropy of the grammar"] = toy_floor()
     return paths, vocab, folder, found
@@ -328,6 +331,7 @@ class Run:
         self.config = replace(config, vocab_size=len(self.tokenizer))
         token_file = TokenFile(self.folder)
         self.documents, self.held_out = (Documents(token_file, part, config.max_seq_len) for part in splits(token_file, options))
+        self.counts = {**token_file.counts, "pieces_to_train_on": len(self.documents)}
         torch.manual_seed(options.seed)
         self.model = MiniKL(self.config).to(ranks.device)
         self.loss = DistributedDataParallel(Objective(self.model)) if ranks.world > 1 else self.model.loss
@@ -365,7 +369,7 @@ def bits_per_char(self: Run):
 def settings(self: Run):
     "All it takes to run this again."
     return {"command": shlex.join(sys.argv), "options": {**asdict(self.options), **asdict(self.config)}, "data": [str(path) for path in self.paths],
-            "vocabulary": str(self.vocab), "tokens": self.folder.name, "parameters": sum(p.numel() for p in self.model.parameters()),
+            "vocabulary": str(self.vocab), "tokens": self.folder.name, "documents": self.counts, "parameters": sum(p.numel() for p in self.model.parameters()),
             "device": self.ranks.device.type, "dtype": self.precision.name, "processes": self.ranks.world, "threads": torch.get_num_threads(),
             "torch": torch.__version__, "python": platform.python_version()}
 

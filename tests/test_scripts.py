@@ -37,6 +37,18 @@ def test_any_jsonl_and_vocabulary_train_and_generate(corpus, tmp_path, python, t
         assert done.returncode == 0 and done.stdout.startswith("风吹过") and len(done.stdout) > 5, done.stderr
 
 
+def test_bad_lines_are_named_or_counted(corpus, tmp_path, python):
+    (tmp_path / "bad.jsonl").write_text('{"text": ""}\n{"text": \n{"text": "雨"}\n', encoding="utf-8")
+    command = ["minikl/train.py", *TINY, f"--vocab_dict_path={corpus}/vocab.json", f"--data_jsonl_path={corpus}/data.jsonl",
+               f"--data_jsonl_path={tmp_path}/bad.jsonl", "--max_steps=3", f"--out_dir={tmp_path}"]
+    done = python(*command)
+    assert done.returncode == 2 and f"{tmp_path}/bad.jsonl:2: not JSON" in done.stderr.splitlines()[-1], done.stderr
+    done = python(*command, "--on_bad_line=skip")
+    assert done.returncode == 0 and "passed over 1 malformed and 1 empty records" in done.stdout, done.stdout + done.stderr
+    counts = json.loads((tmp_path / "run.json").read_text(encoding="utf-8"))["documents"]
+    assert (counts["documents"], counts["bad"], counts["empty"]) == (41, 1, 1)
+
+
 @pytest.mark.parametrize("layout", ["padded", "packed"])
 def test_layouts_learn_the_same_on_two_processes(layout, tmp_path, torchrun):
     for name in ("nested", layout):
