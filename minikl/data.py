@@ -143,13 +143,10 @@ def encode_documents(
     tokenizer,  # Tokenizer
 ):              # (list of lists of ids, list of numbers of characters; markers that became tokens do not count)
     "Ids of documents, between <s> and </s> if the vocabulary has them. Chat markers become control tokens if it has those."
-    special = tokenizer.special
-    marker = re.compile(f"({'|'.join(re.escape(name) for name in CHAT_MARKERS if name in special) or '(?!)'})")
-    texts = [marker.split(text) for text in texts]   # each: text, marker, text, …, marker, text
-    ids = iter(tokenizer.encode_batch([part for parts in texts for part in parts[::2]]))
-    edge = lambda name: [special[name]] if name in special else []
-    inside = lambda parts: chain.from_iterable([special[part]] if i % 2 else next(ids) for i, part in enumerate(parts))
-    return [[*edge("<s>"), *inside(parts), *edge("</s>")] for parts in texts], [sum(map(len, parts[::2])) for parts in texts]
+    markers = [marker for marker in CHAT_MARKERS if marker in tokenizer.special]
+    first, last = ([tokenizer.special[name]] if name in tokenizer.special else [] for name in ("<s>", "</s>"))
+    docs = [[*first, *ids, *last] for ids in tokenizer.encode_batch(texts, allowed_special=markers)]
+    return docs, [len(text) - sum(len(marker) * text.count(marker) for marker in markers) for text in texts]
 
 # %% ../nbs/02_data.ipynb #c037g
 COLUMNS = {"tokens": ("i", torch.int32), "ends": ("q", torch.int64), "n_chars": ("q", torch.int64), "fractions": ("d", torch.float64)}
