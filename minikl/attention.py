@@ -103,9 +103,6 @@ def attend(
 
 # %% ../nbs/04_attention.ipynb #c066a
 @patch
-def keep(
-    self: KVCache,
-    rows,  # list of int
-):
-    "Forget all rows but these: the other texts are finished."
+def keep(self: KVCache, rows):
+    "Forget all rows but these (a list of int): the other texts are finished."
     self.k, self.v, self.lengths = self.k[:, rows], self.v[:, rows], [self.lengths[row] for row in rows]

@@ -46,6 +46,7 @@ def narrow(
     for bar in bars: scores = scores.masked_fill(scores < bar, -math.inf)
     return scores.softmax(-1)
 
+# %% ../nbs/09_generate.ipynb #c025a
 def choose(
     logits,           # scores of the next token: (batch, vocab)
     randoms,          # a `random.Random` for each row
@@ -80,10 +81,10 @@ def generate_batch(
         padded = pad_sequence([torch.tensor(ids, device=weight.device) for ids in prompts], batch_first=True)
         logits, rows = model(*cache.step(padded, lengths))[range(len(prompts)), [length - 1 for length in lengths]], range(len(prompts))
         for n in range(1, max(room) + 1):
-            new, step = choose(logits, [randoms[row] for row in rows], **knobs), [None] * len(prompts)
-            for row, token in zip(rows, new.tolist()): step[row] = None if token == stop else token
-            if set(step) != {None}: yield step
-            going = [i for i, row in enumerate(rows) if step[row] is not None and n < room[row]]
+            new = choose(logits, [randoms[row] for row in rows], **knobs)
+            tokens = {row: token for row, token in zip(rows, new.tolist()) if token != stop}
+            if tokens: yield [tokens.get(row) for row in range(len(prompts))]
+            going = [i for i, row in enumerate(rows) if row in tokens and n < room[row]]
             if not going: return
             if len(going) < len(rows):
                 cache.keep(going)
@@ -91,6 +92,7 @@ def generate_batch(
             logits = model(*cache.step(new[:, None]))[:, 0]
     return steps()
 
+# %% ../nbs/09_generate.ipynb #c036a
 def generate(
     model,               # MiniKL
     ids,                 # prompt: list of int, at least one
@@ -150,14 +152,15 @@ def load(options):
     if len(tokenizer) != model.config.vocab_size: raise ValueError(f"the vocabulary has {len(tokenizer)} tokens, the model {model.config.vocab_size}: they were not trained together")
     return model, tokenizer
 
+# %% ../nbs/09_generate.ipynb #c064c
 def write_samples(model, tokenizer, options, prompts, group=16):
     "Print every sample of every prompt: the first of a group as it grows, the others when their turn comes."
-    start, stop = ([tokenizer.special[name]] if name in tokenizer.special else [] for name in ("<s>", "</s>"))
+    start = [tokenizer.special["<s>"]] if "<s>" in tokenizer.special else []
+    def begin(jobs): return generate_batch(model, [start + tokenizer.encode(prompt) for prompt, _ in jobs], options.max_new_tokens, tokenizer.special.get("</s>"),
+        [seed for _, seed in jobs], temperature=options.temperature, top_k=options.top_k, top_p=options.top_p, min_p=options.min_p)
     jobs = [(prompt, options.seed + i) for prompt in prompts for i in range(options.num_samples)]
     groups = [jobs[i:i + group] for i in range(0, len(jobs), group)]
-    started = [generate_batch(model, [start + tokenizer.encode(prompt) for prompt, _ in jobs], options.max_new_tokens, *stop or [None], [seed for _, seed in jobs],
-                              temperature=options.temperature, top_k=options.top_k, top_p=options.top_p, min_p=options.min_p) for jobs in groups]
-    for jobs, steps in zip(groups, started):
+    for jobs, steps in list(zip(groups, map(begin, groups))):   # a list: all are checked before the first is written
         for row, ((prompt, _), own) in enumerate(zip(jobs, tee(steps, len(jobs)))):
             print(prompt, end="", flush=True)
             new = takewhile(lambda token: token is not None, (step[row] for step in own))
