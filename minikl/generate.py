@@ -141,7 +141,7 @@ def main(argv=None):
 # %% ../nbs/09_generate.ipynb #c064
 def load(options):
     "Check the options, load the model and its vocabulary."
-    for name, fine, expected in (("temperature", 0 <= options.temperature < math.inf, "0 or more"), ("top_k", options.top_k >= 0, "0 or more"),
+    for name, fine, expected in (("temperature", options.temperature >= 0, "0 or more"), ("top_k", options.top_k >= 0, "0 or more"),
                                  ("top_p", 0 < options.top_p <= 1, "more than 0 and at most 1"), ("min_p", 0 <= options.min_p <= 1, "0 to 1"),
                                  ("max_new_tokens", options.max_new_tokens >= 0, "0 or more"), ("num_samples", options.num_samples >= 1, "1 or more")):
         if not fine: raise ValueError(f"--{name}={getattr(options, name)}: expected {expected}")
