@@ -37,6 +37,7 @@ class Attention(nn.Module):
         d_model,       # width of the residual stream
         num_heads,     # query heads, each d_model / num_heads wide
         num_kv_heads,  # key and value heads: num_heads is MHA, 1 is MQA, between is GQA
+        qk_norm=False,  # normalise queries and keys, head by head. Henry et al. 2020, arXiv:2010.04245
     ):
         super().__init__()
         self.d_head = d_model // num_heads
@@ -44,6 +45,8 @@ class Attention(nn.Module):
         self.w_k = nn.Linear(d_model, num_kv_heads * self.d_head, bias=False)
         self.w_v = nn.Linear(d_model, num_kv_heads * self.d_head, bias=False)
         self.w_o = nn.Linear(d_model, d_model, bias=False)
+        self.qk_norm = qk_norm
+        if qk_norm: self.q_norm, self.k_norm = (nn.RMSNorm(self.d_head, eps=1e-5) for _ in "qk")
 
     def forward(
         self,
@@ -52,6 +55,7 @@ class Attention(nn.Module):
         attend,  # (q, k, v) → mix; knows how the tokens of `x` are laid out
     ):           # (..., d_model)
         q, k, v = (w(x).unflatten(-1, (-1, self.d_head)) for w in (self.w_q, self.w_k, self.w_v))
+        if self.qk_norm: q, k = (norm(x.to(norm.weight.dtype)) for norm, x in ((self.q_norm, q), (self.k_norm, k)))
         return self.w_o(attend(rotate(q, table), rotate(k, table), v).flatten(-2))
 
 # %% ../nbs/04_attention.ipynb #c061
