@@ -108,15 +108,6 @@ class MiniKL(nn.Module):
             if weight.ndim == 2: nn.init.normal_(weight, std=0.02)
             if name.endswith(("w_o.weight", "w_down.weight")): weight.data /= (2 * config.num_layers) ** 0.5
 
-    @property
-    def output_weight(self): return self.embed.weight if self.config.tie_embeddings else self.head.weight   # (vocab, d_model)
-
-    def hidden(self, ids, positions, attend):   # as `forward`, before the output layer: (..., d_model)
-        table = rope_table(positions, self.config.d_head, self.config.theta)
-        x = self.embed(ids)
-        for block in self.blocks: x = block(x, table, attend)
-        return self.norm(x)
-
     def forward(
         self,
         ids,        # token ids: (...)
@@ -124,6 +115,20 @@ class MiniKL(nn.Module):
         attend,     # (q, k, v) → mix, from a layout or a cache
     ):              # logits: (..., vocab)
         return F.linear(self.hidden(ids, positions, attend), self.output_weight)
+
+# %% ../nbs/06_model.ipynb #c032h
+@patch
+def hidden(self: MiniKL, ids, positions, attend):
+    "As `forward`, but before the output layer: (..., d_model)."
+    table = rope_table(positions, self.config.d_head, self.config.theta)
+    x = self.embed(ids)
+    for block in self.blocks: x = block(x, table, attend)
+    return self.norm(x)
+
+@patch(as_prop=True)
+def output_weight(self: MiniKL):
+    "(vocab, d_model): the embedding's own if they are tied."
+    return self.embed.weight if self.config.tie_embeddings else self.head.weight
 
 # %% ../nbs/06_model.ipynb #c041e
 CHUNK = 512   # tokens whose logits exist at the same time
