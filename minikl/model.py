@@ -40,6 +40,7 @@ class MiniKLConfig:
     theta: float = 1e6            # RoPE wavelength base
     vocab_size: int = 5000        # tokens
     max_seq_len: int = 32768      # longest sequence, in tokens
+    norm_eps: float = 1e-5        # keeps RMSNorm from dividing by zero
     tie_embeddings: bool = False  # the output layer uses the embedding's weights
     qk_norm: bool = False         # queries and keys are normalised before they meet
 
@@ -82,9 +83,9 @@ class Block(nn.Module):
     "Attention, then GLU or FFN, each reading a normalised copy of the residual stream and adding to it."
     def __init__(self, config):
         super().__init__()
-        self.attention_norm = nn.RMSNorm(config.d_model, eps=1e-5)
+        self.attention_norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
         self.attention = Attention(config.d_model, config.num_heads, config.num_kv_heads, config.qk_norm)
-        self.ffn_norm = nn.RMSNorm(config.d_model, eps=1e-5)
+        self.ffn_norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
         self.ffn = (GLU if config.ffn == "GLU" else FFN)(config)
 
     def forward(self, x, table, attend):
@@ -102,7 +103,7 @@ class MiniKL(nn.Module):
         self.config = config
         self.embed = nn.Embedding(config.vocab_size, config.d_model)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
-        self.norm = nn.RMSNorm(config.d_model, eps=1e-5)
+        self.norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
         if not config.tie_embeddings: self.head = nn.Linear(config.d_model, config.vocab_size, bias=False)
         for name, weight in self.named_parameters():
             if weight.ndim == 2: nn.init.normal_(weight, std=0.02)

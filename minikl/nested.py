@@ -92,7 +92,8 @@ class Nested(Layout):
     def attend(self, q, k, v):
         sizes = [n_docs * length for n_docs, length in self.groups]
         parts = zip(self.groups, q.split(sizes), k.split(sizes), v.split(sizes))
-        return torch.cat([causal_attention(*(x.unflatten(0, group) for x in qkv)).flatten(0, 1) for group, *qkv in parts])
+        mixed = [causal_attention(*(x.unflatten(0, group) for x in qkv)).flatten(0, 1) for group, *qkv in parts]
+        return torch.cat(mixed) if len(mixed) > 1 else mixed[0]
 
     def unbatch(self, x):
         parts = dict(zip(self.order, x.split(self.lengths)))
