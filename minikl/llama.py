@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['OUTSIDE', 'INSIDE', 'FIELDS', 'HARMLESS', 'llama_weights', 'llama_config', 'export_llama', 'minikl_config',
-           'import_llama']
+           'import_llama', 'main']
 
 # %% ../nbs/11_llama.ipynb #c003
 import argparse
@@ -19,6 +19,7 @@ from safetensors.torch import save as to_bytes
 from minikl.data import one_line_errors
 from minikl.model import MiniKL, MiniKLConfig
 from minikl.tokenizer import Tokenizer, write_atomically
+from minikl.train import OneLineParser
 
 # %% ../nbs/11_llama.ipynb #c019
 OUTSIDE = {"embed": "model.embed_tokens", "norm": "model.norm", "head": "lm_head"}
@@ -65,7 +66,7 @@ def export_llama(
     for name, facts in {"config": {**config, **ids, "dtype": str(model.embed.weight.dtype).removeprefix("torch.")}, "generation_config": ids,
                         "tokenizer_config": {"tokenizer_class": "PreTrainedTokenizerFast", **{f"{kind}_token": token for kind, token in tokens.items()}}}.items():
         write_atomically(folder / f"{name}.json", json.dumps(facts, indent=2))
-    if hasattr(tokenizer, "save_huggingface"): tokenizer.save_huggingface(folder / "tokenizer.json")
+    tokenizer.save_huggingface(folder / "tokenizer.json")
     write_atomically(folder / "model.safetensors", to_bytes({name: weight.contiguous() for name, weight in weights.items()}, {"format": "pt"}))
 
 # %% ../nbs/11_llama.ipynb #c038
@@ -108,11 +109,12 @@ def import_llama(
 # %% ../nbs/11_llama.ipynb #c048
 def main(argv=None):
     "The script: `python -m minikl.llama --model_path=out --out_dir=out-llama`."
-    parser = argparse.ArgumentParser("llama.py", description="Write a trained MiniKL as a Llama that transformers opens.", allow_abbrev=False)
-    parser.add_argument("--model_path", default="out", help="folder of a training run; by default out")
-    parser.add_argument("--out_dir", default="out-llama", help="folder to write; by default out-llama")
-    options = parser.parse_args(argv)
+    parser = OneLineParser("llama.py", description="Write a trained MiniKL as a Llama that transformers opens.", allow_abbrev=False,
+                           formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--model_path", default="out", help="folder of a training run")
+    parser.add_argument("--out_dir", default="out-llama", help="folder to write")
     with one_line_errors():
+        options = parser.parse_args(argv)
         export_llama(MiniKL.load(options.model_path), Tokenizer.load(Path(options.model_path) / "vocab_dict.json"), options.out_dir)
         print(f"{options.out_dir}: a Llama; open it with AutoModelForCausalLM.from_pretrained")
 

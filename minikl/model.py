@@ -205,7 +205,7 @@ def load(
 def _read_config(path):
     "MiniKLConfig from a JSON file that holds every field."
     try:
-        raw = json.loads(path.read_text())
+        raw = {"norm_eps": 1e-5, "qk_norm": False, **json.loads(path.read_text())}   # files of version 0.1.0 lack the first two
         return MiniKLConfig(**{field.name: raw[field.name] for field in fields(MiniKLConfig)})
     except KeyError as error: raise ValueError(f"{path}: lacks {error}") from None
     except (TypeError, ValueError) as error: raise ValueError(f"{path}: {error}") from None
