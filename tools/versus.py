@@ -6,6 +6,7 @@
 import argparse
 import os
 import time
+from importlib.util import find_spec
 from statistics import median
 
 import torch
@@ -154,8 +155,6 @@ def llama(options):
 
 def tokenizer(options):
     "Training and encoding of the poetry corpus, from characters, against tokenizers, rustbpe and tiktoken."
-    import rustbpe
-    import tiktoken
     import tokenizers as hf
 
     from minikl.data import build_poetry, build_toy, read_jsonl
@@ -171,21 +170,29 @@ def tokenizer(options):
     def train_hf():
         trainer = hf.trainers.BpeTrainer(vocab_size=vocab_size, initial_alphabet=alphabet, min_frequency=2, show_progress=False)
         cut(hf.Tokenizer(hf.models.BPE())).train_from_iterator(texts, trainer)
-    def train_rustbpe():
-        trained["rustbpe"] = rustbpe.Tokenizer()
-        trained["rustbpe"].train_from_iterator(iter(texts), vocab_size, pattern=SPLIT.pattern)
-    seconds = race({"MiniKL": train_minikl, "tokenizers.BpeTrainer": train_hf, "rustbpe, from bytes": train_rustbpe}, min(options.repeats, 5))
+    arms = {"MiniKL": train_minikl, "tokenizers.BpeTrainer": train_hf}
+    both = find_spec("rustbpe") and find_spec("tiktoken")   # optional: pip install rustbpe tiktoken
+    if both:
+        import rustbpe
+        import tiktoken
+        def train_rustbpe():
+            trained["rustbpe"] = rustbpe.Tokenizer()
+            trained["rustbpe"].train_from_iterator(iter(texts), vocab_size, pattern=SPLIT.pattern)
+        arms["rustbpe, from bytes"] = train_rustbpe
+    seconds = race(arms, min(options.repeats, 5))
     ours = trained["minikl"]
-    print(f"tokenizers {hf.__version__}, tiktoken {tiktoken.__version__}; {n_mb:.1f} MB of text, {len(alphabet):,} characters, {len(ours.merges):,} merges")
+    print(f"tokenizers {hf.__version__}; {n_mb:.1f} MB of text, {len(alphabet):,} characters, {len(ours.merges):,} merges")
     report("Training", seconds, ["tokenizers.BpeTrainer"], 1000 * n_mb, "KB")
 
     theirs = cut(hf.Tokenizer(hf.models.BPE(vocab=ours.vocab, merges=[tuple(ours.tokens[ord(part)] for part in pair) for pair in ours.merges])))
-    ranks = {bytes(token): i for token, i in trained["rustbpe"].get_mergeable_ranks()}
-    bytewise = tiktoken.Encoding("rustbpe", pat_str=SPLIT.pattern, special_tokens={}, mergeable_ranks=ranks)
     if [encoding.ids for encoding in theirs.encode_batch(texts)] != ours.encode_batch(texts): raise ValueError("the ids differ")
-    seconds = race({"MiniKL, encode_batch": lambda: ours.encode_batch(texts),
-                    "tokenizers, encode_batch": lambda: theirs.encode_batch(texts), "tokenizers, encode_batch_fast": lambda: theirs.encode_batch_fast(texts),
-                    "tiktoken, from bytes": lambda: bytewise.encode_ordinary_batch(texts, num_threads=options.threads)}, options.repeats)
+    arms = {"MiniKL, encode_batch": lambda: ours.encode_batch(texts), "tokenizers, encode_batch": lambda: theirs.encode_batch(texts),
+            "tokenizers, encode_batch_fast": lambda: theirs.encode_batch_fast(texts)}
+    if both:
+        ranks = {bytes(token): i for token, i in trained["rustbpe"].get_mergeable_ranks()}
+        bytewise = tiktoken.Encoding("rustbpe", pat_str=SPLIT.pattern, special_tokens={}, mergeable_ranks=ranks)
+        arms["tiktoken, from bytes"] = lambda: bytewise.encode_ordinary_batch(texts, num_threads=options.threads)
+    seconds = race(arms, options.repeats)
     report("Encoding, same ids as tokenizers", seconds, ["tokenizers, encode_batch", "tokenizers, encode_batch_fast"], 1000 * n_mb, "KB")
 
 
