@@ -52,4 +52,4 @@ docs: $(READY)
 	$(BIN)/python tools/docs.py
 
 clean:
-	rm -rf $(OUT) _docs _proc data/cache data/poetry.jsonl data/nalan.jsonl data/chinese-poetry-2.0.1.tgz nbs/nbdev.yml
+	rm -rf $(OUT) _docs _proc data/cache data/poetry.jsonl data/poetry-large.jsonl data/nalan.jsonl data/shakespeare.jsonl data/chinese-poetry-2.0.1.tgz nbs/nbdev.yml

@@ -15,16 +15,17 @@ from .rope import rotate
 
 # %% ../nbs/04_attention.ipynb #c028
 def causal_attention(
-    q,          # queries: (..., seq, heads, d_head)
-    k,          # keys: (..., keys, kv_heads, d_head); query i sees the keys up to its own place
+    q,          # queries: (..., seq, heads, d_head); they are the last `seq` of the keys' places
+    k,          # keys: (..., keys, kv_heads, d_head)
     v,          # values: as keys
-    mask=None,  # (seq, keys), True where a query may look; None: plain causal, with keys = seq
+    mask=None,  # True where a query may look: (seq, keys), or (batch, 1, seq, keys); None: nobody looks ahead
 ):              # (..., seq, heads, d_head)
     "Softmax attention. The one place where several query heads share a key head. GQA, Ainslie et al. 2023, arXiv:2305.13245."
     q, k, v = (x.transpose(-3, -2) for x in (q, k, v))   # (..., heads, seq, d_head)
-    if mask is None and q.shape[-2] != k.shape[-2]:
-        raise ValueError(f"{q.shape[-2]} queries and {k.shape[-2]} keys: say with a mask which may look where")
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None,
+    seq, keys = q.shape[-2], k.shape[-2]
+    if mask is None and seq > keys: raise ValueError(f"{seq} queries, but only {keys} keys: say with a mask which may look where")
+    if mask is None and 1 < seq < keys: mask = torch.ones(seq, keys, dtype=torch.bool, device=q.device).tril(keys - seq)
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and seq == keys,
                                          enable_gqa=q.shape[-3] != k.shape[-3])
     return out.transpose(-3, -2)
 
@@ -36,6 +37,7 @@ class Attention(nn.Module):
         d_model,       # width of the residual stream
         num_heads,     # query heads, each d_model / num_heads wide
         num_kv_heads,  # key and value heads: num_heads is MHA, 1 is MQA, between is GQA
+        qk_norm=False,  # normalise queries and keys, head by head. Henry et al. 2020, arXiv:2010.04245
     ):
         super().__init__()
         self.d_head = d_model // num_heads
@@ -43,6 +45,8 @@ class Attention(nn.Module):
         self.w_k = nn.Linear(d_model, num_kv_heads * self.d_head, bias=False)
         self.w_v = nn.Linear(d_model, num_kv_heads * self.d_head, bias=False)
         self.w_o = nn.Linear(d_model, d_model, bias=False)
+        self.qk_norm = qk_norm
+        if qk_norm: self.q_norm, self.k_norm = (nn.RMSNorm(self.d_head, eps=1e-5) for _ in "qk")
 
     def forward(
         self,
@@ -51,6 +55,7 @@ class Attention(nn.Module):
         attend,  # (q, k, v) → mix; knows how the tokens of `x` are laid out
     ):           # (..., d_model)
         q, k, v = (w(x).unflatten(-1, (-1, self.d_head)) for w in (self.w_q, self.w_k, self.w_v))
+        if self.qk_norm: q, k = (norm(x.to(norm.weight.dtype)) for norm, x in ((self.q_norm, q), (self.k_norm, k)))
         return self.w_o(attend(rotate(q, table), rotate(k, table), v).flatten(-2))
 
 # %% ../nbs/04_attention.ipynb #c061
@@ -59,28 +64,33 @@ class KVCache:
     def __init__(
         self,
         num_layers,    # layers of the model
-        batch,         # sequences that grow together
-        max_len,       # tokens that there is room for
+        batch,         # texts that grow side by side
+        max_len,       # tokens that there is room for in each
         num_kv_heads,  # key heads of the model
         d_head,        # features per head
         **options,     # device=…, dtype=…
     ):
-        self.k, self.v = (torch.zeros(num_layers, batch, max_len, num_kv_heads, d_head, **options) for _ in "kv")
-        self.length = 0
+        shape = num_layers, batch, num_kv_heads, max_len, d_head   # in memory, the keys of one head lie side by side
+        self.k, self.v = (torch.zeros(shape, **options).transpose(2, 3) for _ in "kv")
+        self.lengths = [0] * batch
 
 # %% ../nbs/04_attention.ipynb #c063
 @patch
 def step(
     self: KVCache,
-    ids,  # the next tokens: (batch, seq)
-):        # (ids, positions, attend): the three arguments of the model
+    ids,           # the next tokens: (batch, seq)
+    lengths=None,  # how many of them are real in each row, padding behind them: list of int; None: all
+):                 # (ids, positions, attend): the three arguments of the model
     "Make room for the next tokens. `ValueError` if there is none; the cache is then as before."
-    batch, max_len = self.k.shape[1:3]
-    start, end = self.length, self.length + ids.shape[1]
+    (batch, max_len), seq, device = self.k.shape[1:3], ids.shape[1], ids.device
+    end = max(self.lengths) + seq
     if len(ids) != batch: raise ValueError(f"the cache holds {batch} sequences, not {len(ids)}")
     if end > max_len: raise ValueError(f"the cache has room for {max_len} tokens, not for {end}")
-    self.length, self.layer = end, 0
-    return ids, torch.arange(start, end, device=ids.device).expand(ids.shape), self.attend
+    positions, self.mask = torch.tensor(self.lengths, device=device)[:, None] + torch.arange(seq, device=device), None   # (batch, seq)
+    if min(self.lengths) < max(self.lengths): self.mask = (torch.arange(end, device=device) <= positions[..., None])[:, None]
+    self.lengths = [start + n for start, n in zip(self.lengths, lengths or [seq] * batch)]
+    self.slots, self.end, self.layer = (torch.arange(batch, device=device)[:, None], positions), end, 0
+    return ids, positions, self.attend
 
 # %% ../nbs/04_attention.ipynb #c066
 @patch
@@ -91,7 +101,12 @@ def attend(
     v,  # their values: as keys
 ):      # (batch, seq, heads, d_head)
     "Called once per layer, in the order of layers: store the new keys and values, look at all of them."
-    start, layer, self.layer = self.length - q.shape[1], self.layer, self.layer + 1
-    self.k[layer, :, start:self.length], self.v[layer, :, start:self.length] = k, v
-    mask = torch.ones(q.shape[1], self.length, dtype=torch.bool, device=q.device).tril(start)
-    return causal_attention(q, self.k[layer, :, :self.length], self.v[layer, :, :self.length], mask)
+    keys, values, self.layer = self.k[self.layer], self.v[self.layer], self.layer + 1
+    keys[self.slots], values[self.slots] = k, v
+    return causal_attention(q, keys[:, :self.end], values[:, :self.end], self.mask)
+
+# %% ../nbs/04_attention.ipynb #c066a
+@patch
+def keep(self: KVCache, rows):
+    "Forget all rows but these (a list of int): the other texts are finished."
+    self.k, self.v, self.lengths = self.k[:, rows], self.v[:, rows], [self.lengths[row] for row in rows]

@@ -172,7 +172,7 @@ def _char_ids(self: Tokenizer, char):
 def _segments(self: Tokenizer, text, allowed_special):
     unknown = set(allowed_special) - self.special.keys()
     if unknown: raise ValueError(f"allowed_special: the vocabulary has no special token {min(unknown)!r}, only {sorted(self.special)}")
-    return regex.split(f"({'|'.join(map(regex.escape, allowed_special))})", text) if allowed_special else [text]
+    return regex.split(f"({'|'.join(map(regex.escape, allowed_special))})", text) if allowed_special else [text]   # text, token, text, …
 
 @patch
 def encode(
@@ -182,14 +182,14 @@ def encode(
 ):                       # list of int
     "Token ids of `text`. Text that looks like a special token is text, unless it is allowed."
     out = []
-    for segment in self._segments(text, allowed_special):
-        if segment in allowed_special: out.append(self.special[segment])
+    for i, segment in enumerate(self._segments(text, allowed_special)):
+        if i % 2: out.append(self.special[segment])
         else:
             for piece in SPLIT.findall(segment):
                 ids = self.cache.get(piece)
                 if ids is None:
                     ids = list(map(ord, merge_all("".join(chr(i) for char in piece for i in self._char_ids(char)), self.merges)))
-                    if len(self.cache) < 1_000_000: self.cache[piece] = ids
+                    if len(self.cache) < 100_000: self.cache[piece] = ids
                 out += ids
     return out
 
@@ -346,7 +346,11 @@ def encode_batch(
 ):                       # list of lists of int
     "`encode` for each of `texts`, all at once."
     texts = list(texts)
-    if allowed_special or sum(map(len, texts)) < 4096: return [self.encode(text, allowed_special) for text in texts]
+    if allowed_special:
+        segments = [self._segments(text, allowed_special) for text in texts]
+        ids = iter(self.encode_batch([part for parts in segments for part in parts[::2]], device=device))
+        return [[*chain(*([self.special[part]] if i % 2 else next(ids) for i, part in enumerate(parts)))] for parts in segments]
+    if sum(map(len, texts)) < 4096: return [*map(self.encode, texts)]
     if device not in self.encoders: self.encoders[device] = BatchEncoder(self, device)
     encoder, batches, room = self.encoders[device], [], 0
     for text in texts:

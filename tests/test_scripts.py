@@ -5,6 +5,9 @@ Lesson 08 itself runs the scripts in every way, interrupts them and makes the us
 import json
 import os
 import shutil
+import signal
+import subprocess
+import sys
 
 import pytest
 from conftest import ROOT
@@ -37,6 +40,18 @@ def test_any_jsonl_and_vocabulary_train_and_generate(corpus, tmp_path, python, t
         assert done.returncode == 0 and done.stdout.startswith("风吹过") and len(done.stdout) > 5, done.stderr
 
 
+def test_bad_lines_are_named_or_counted(corpus, tmp_path, python):
+    (tmp_path / "bad.jsonl").write_text('{"text": ""}\n{"text": \n{"text": "雨"}\n', encoding="utf-8")
+    command = ["minikl/train.py", *TINY, f"--vocab_dict_path={corpus}/vocab.json", f"--data_jsonl_path={corpus}/data.jsonl",
+               f"--data_jsonl_path={tmp_path}/bad.jsonl", "--max_steps=3", f"--out_dir={tmp_path}"]
+    done = python(*command)
+    assert done.returncode == 2 and f"{tmp_path}/bad.jsonl:2: not JSON" in done.stderr.splitlines()[-1], done.stderr
+    done = python(*command, "--on_bad_line=skip")
+    assert done.returncode == 0 and "passed over 1 malformed and 1 empty records" in done.stdout, done.stdout + done.stderr
+    counts = json.loads((tmp_path / "run.json").read_text(encoding="utf-8"))["documents"]
+    assert (counts["documents"], counts["bad"], counts["empty"]) == (41, 1, 1)
+
+
 @pytest.mark.parametrize("layout", ["padded", "packed"])
 def test_layouts_learn_the_same_on_two_processes(layout, tmp_path, torchrun):
     for name in ("nested", layout):
@@ -66,3 +81,41 @@ def test_without_network_the_toy_corpus_takes_over(tmp_path, python):
     assert done.returncode == 0, done.stderr
     line = next(line for line in done.stdout.splitlines() if "toy corpus" in line)
     assert "no route to host" in line
+
+
+@pytest.fixture
+def chat(tmp_path):
+    "`generate.py --interactive` as a process: the model has random weights and no token to end with, so it writes on and on."
+    from minikl.model import MiniKL, MiniKLConfig
+    tokens = "风吹过雨落"
+    (tmp_path / "vocab_dict.json").write_text(json.dumps({token: i for i, token in enumerate(tokens)}))
+    MiniKL(MiniKLConfig(d_model=8, num_heads=1, num_kv_heads=1, num_layers=1, vocab_size=len(tokens))).save(tmp_path)
+    process = subprocess.Popen([sys.executable, "minikl/generate.py", "--interactive", f"--model_path={tmp_path}", "--max_new_tokens=30000"], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": "utf-8"})
+    def until(text):
+        seen = b""
+        while text.encode() not in seen and (char := process.stdout.read(1)): seen += char
+        return seen.decode(errors="ignore")
+    def type_in(text): process.stdin.write(text.encode()); process.stdin.flush()
+    until("> ")
+    yield process, until, type_in
+    process.kill()
+    process.wait()
+
+
+def test_ctrl_c_stops_the_writing_and_ctrl_d_the_conversation(chat):
+    process, until, type_in = chat
+    for prompt in ("风吹过", "雨落"):                     # the second proves that the first Ctrl-C stopped the text only
+        type_in(f"{prompt}\n")
+        assert until(prompt)
+        process.send_signal(signal.SIGINT)
+        assert until("\n\n> ")
+    process.stdin.close()                                 # what Ctrl-D does
+    assert process.wait(60) == 0
+    assert process.stderr.read() == b""
+
+
+def test_ctrl_c_at_the_prompt_ends_the_conversation(chat):
+    process, _, _ = chat
+    process.send_signal(signal.SIGINT)
+    assert process.wait(60) == 0
+    assert process.stderr.read() == b""

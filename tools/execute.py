@@ -29,6 +29,7 @@ def execute(path):
 
 if __name__ == "__main__":
     os.environ.setdefault("TQDM_DISABLE", "1")   # progress bars make poor stored outputs
+    os.environ.setdefault("PYTHONWARNINGS", "ignore:IProgress not found")   # so does tqdm's wish for widgets
     root = Path(__file__).resolve().parent.parent
     for path in [Path(name).resolve() for name in sys.argv[1:]] or sorted((root / "nbs").glob("*.ipynb")):
         print(path.name, flush=True)
