@@ -90,7 +90,8 @@ def chat(tmp_path):
     tokens = "风吹过雨落"
     (tmp_path / "vocab_dict.json").write_text(json.dumps({token: i for i, token in enumerate(tokens)}))
     MiniKL(MiniKLConfig(d_model=8, num_heads=1, num_kv_heads=1, num_layers=1, vocab_size=len(tokens))).save(tmp_path)
-    process = subprocess.Popen([sys.executable, "minikl/generate.py", "--interactive", f"--model_path={tmp_path}", "--max_new_tokens=30000"], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": "utf-8"})
+    process = subprocess.Popen([sys.executable, "minikl/generate.py", "--interactive", f"--model_path={tmp_path}", "--max_new_tokens=30000"], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": "utf-8"},
+                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))   # whoever runs the tests in the background has turned Ctrl-C off, and children inherit that
     def until(text):
         seen = b""
         while text.encode() not in seen and (char := process.stdout.read(1)): seen += char
