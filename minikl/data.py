@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['DATA', 'TEXT_FIELDS', 'ZSTD', 'CHAT_MARKERS', 'COLUMNS', 'TOY_GRAMMAR', 'POETRY', 'POETRY_SHA256', 'COLLECTIONS',
            'CORPORA', 'record_text', 'needed', 'numbered_lines', 'listed', 'read_jsonl', 'hash_fraction', 'file_sha256',
-           'fingerprint', 'building', 'encode_documents', 'chunks', 'write_columns', 'build_tokens', 'TokenFile',
-           'Documents', 'shuffled', 'bigram_bits_per_char', 'xz_bits_per_char', 'toy_corpus', 'toy_floor',
-           'build_corpus', 'build_toy', 'npm_pack', 'fetch_poetry', 'poems', 'build_poetry', 'scenes',
-           'build_shakespeare', 'one_line_errors']
+           'fingerprint', 'building', 'encode_documents', 'write_columns', 'build_tokens', 'TokenFile', 'Documents',
+           'shuffled', 'bigram_bits_per_char', 'xz_bits_per_char', 'toy_corpus', 'toy_floor', 'build_corpus',
+           'build_toy', 'npm_pack', 'fetch_poetry', 'poems', 'build_poetry', 'scenes', 'build_shakespeare',
+           'one_line_errors', 'OneLineParser']
 
 # %% ../nbs/02_data.ipynb #c003
+import argparse
 import gzip
 import hashlib
 import importlib
@@ -31,15 +32,15 @@ from collections import Counter
 from contextlib import ExitStack, contextmanager, suppress
 from functools import lru_cache, partial
 from importlib.util import find_spec
-from itertools import accumulate, chain, groupby
+from itertools import accumulate, chain
 from pathlib import Path
 
 import torch
 from fastcore.basics import patch
 from tqdm import tqdm
 
-
 import minikl
+from .tokenizer import chunks
 
 # %% ../nbs/02_data.ipynb #c007
 DATA = Path(minikl.__file__).resolve().parent.parent / "data"
@@ -151,14 +152,6 @@ def encode_documents(
 # %% ../nbs/02_data.ipynb #c037g
 COLUMNS = {"tokens": ("i", torch.int32), "ends": ("q", torch.int64), "n_chars": ("q", torch.int64), "fractions": ("d", torch.float64)}
 
-def chunks(texts, size=1 << 18):   # iterable of str, characters → iterator of lists of str
-    "Texts by the bundle: a new one begins whenever another `size` characters have been read."
-    read = Counter()
-    def bundle(text):
-        read["chars"] += len(text)
-        return (read["chars"] - 1) // size
-    return (list(bundled) for _, bundled in groupby(texts, bundle))
-
 # %% ../nbs/02_data.ipynb #c037h
 def write_columns(folder, paths, tokenizer, on_bad_line):   # Counter of documents, tokens, unknown tokens, bad and empty records
     "Write the columns of a token file chunk by chunk, and passed_over.txt, which names every record that gave no document."
@@ -169,7 +162,7 @@ def write_columns(folder, paths, tokenizer, on_bad_line):   # Counter of documen
         def report(kind, line):
             counts[kind] += 1
             files["passed_over.txt"].write(f"{line}\n".encode())
-        for texts in chunks(read_jsonl(paths, on_bad_line, report)):
+        for texts in chunks(read_jsonl(paths, on_bad_line, report), 1 << 18):
             docs, n_chars = encode_documents(texts, tokenizer)
             ends = list(accumulate(map(len, docs), initial=counts["tokens"]))
             columns = {"tokens": chain.from_iterable(docs), "ends": ends[1:], "n_chars": n_chars, "fractions": map(hash_fraction, texts)}
@@ -445,3 +438,6 @@ def one_line_errors():
     else: return
     if os.environ.get("LOCAL_RANK", "0") == "0": print(message, file=sys.stderr, flush=True)
     sys.exit(code)
+
+class OneLineParser(argparse.ArgumentParser):
+    def error(self, message): raise ValueError(f"{message}; --help lists the options")

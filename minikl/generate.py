@@ -17,10 +17,9 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from minikl.attention import KVCache
-from minikl.data import one_line_errors
+from minikl.data import OneLineParser, one_line_errors
 from minikl.model import MiniKL
 from minikl.tokenizer import Tokenizer
-from minikl.train import OneLineParser
 
 # %% ../nbs/09_generate.ipynb #c025
 def narrow(

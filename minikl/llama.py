@@ -16,10 +16,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from safetensors.torch import save as to_bytes
 
-from minikl.data import one_line_errors
+from minikl.data import OneLineParser, one_line_errors
 from minikl.model import MiniKL, MiniKLConfig
 from minikl.tokenizer import Tokenizer, write_atomically
-from minikl.train import OneLineParser
 
 # %% ../nbs/11_llama.ipynb #c019
 OUTSIDE = {"embed": "model.embed_tokens", "norm": "model.norm", "head": "lm_head"}

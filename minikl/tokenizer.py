@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SPLIT', 'SPECIAL_TOKENS', 'BYTE_TOKENS', 'CONTROL', 'LETTER', 'NUMBER', 'SIGN', 'SPACE', 'LINE_END', 'KINDS',
            'code_points', 'in_a_row', 'learn_merges', 'merge_all', 'Tokenizer', 'frequent_chars', 'piece_starts',
-           'PairTable', 'merge_rows', 'BatchEncoder', 'write_atomically']
+           'PairTable', 'merge_rows', 'BatchEncoder', 'chunks', 'write_atomically']
 
 # %% ../nbs/01_tokenizer.ipynb #c003
 import heapq
@@ -15,7 +15,7 @@ import random
 import tempfile
 from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
-from itertools import chain, count, pairwise
+from itertools import chain, count, groupby, pairwise
 from operator import add
 from pathlib import Path
 
@@ -169,28 +169,20 @@ def _char_ids(self: Tokenizer, char):
     raise ValueError(f"cannot encode {char!r}: the vocabulary has neither it, nor byte tokens <0x00>…<0xFF>, nor <unk>")
 
 @patch
-def _segments(self: Tokenizer, text, allowed_special):
-    unknown = set(allowed_special) - self.special.keys()
-    if unknown: raise ValueError(f"allowed_special: the vocabulary has no special token {min(unknown)!r}, only {sorted(self.special)}")
-    return regex.split(f"({'|'.join(map(regex.escape, allowed_special))})", text) if allowed_special else [text]   # text, token, text, …
-
-@patch
 def encode(
     self: Tokenizer,
     text,                # any str
     allowed_special=(),  # special tokens that may stand in the text, by name
 ):                       # list of int
     "Token ids of `text`. Text that looks like a special token is text, unless it is allowed."
+    if allowed_special: return self.encode_batch([text], allowed_special)[0]
     out = []
-    for i, segment in enumerate(self._segments(text, allowed_special)):
-        if i % 2: out.append(self.special[segment])
-        else:
-            for piece in SPLIT.findall(segment):
-                ids = self.cache.get(piece)
-                if ids is None:
-                    ids = list(map(ord, merge_all("".join(chr(i) for char in piece for i in self._char_ids(char)), self.merges)))
-                    if len(self.cache) < 100_000: self.cache[piece] = ids
-                out += ids
+    for piece in SPLIT.findall(text):
+        ids = self.cache.get(piece)
+        if ids is None:
+            ids = list(map(ord, merge_all("".join(chr(i) for char in piece for i in self._char_ids(char)), self.merges)))
+            if len(self.cache) < 100_000: self.cache[piece] = ids
+        out += ids
     return out
 
 # %% ../nbs/01_tokenizer.ipynb #c055
@@ -337,6 +329,14 @@ class BatchEncoder:
         return [out[begin:end] for begin, end in pairwise([0, *cuts])]
 
 # %% ../nbs/01_tokenizer.ipynb #388ae189
+def chunks(texts, size):   # iterable of str, characters → iterator of lists of str
+    "Texts by the bundle: a new one begins whenever another `size` characters have been read."
+    read = Counter()
+    def bundle(text):
+        read["chars"] += len(text)
+        return (read["chars"] - 1) // size
+    return (list(bundled) for _, bundled in groupby(texts, bundle))
+
 @patch
 def encode_batch(
     self: Tokenizer,
@@ -347,17 +347,16 @@ def encode_batch(
     "`encode` for each of `texts`, all at once."
     texts = list(texts)
     if allowed_special:
-        segments = [self._segments(text, allowed_special) for text in texts]
-        ids = iter(self.encode_batch([part for parts in segments for part in parts[::2]], device=device))
-        return [[*chain(*([self.special[part]] if i % 2 else next(ids) for i, part in enumerate(parts)))] for parts in segments]
+        unknown = set(allowed_special) - self.special.keys()
+        if unknown: raise ValueError(f"allowed_special: the vocabulary has no special token {min(unknown)!r}, only {sorted(self.special)}")
+        allowed = regex.compile(f"({'|'.join(map(regex.escape, allowed_special))})")
+        texts = [allowed.split(text) for text in texts]   # each: text, token, text, …, token, text
+        ids = iter(self.encode_batch([part for parts in texts for part in parts[::2]], device=device))
+        return [[*chain(*([self.special[part]] if i % 2 else next(ids) for i, part in enumerate(parts)))] for parts in texts]
     if sum(map(len, texts)) < 4096: return [*map(self.encode, texts)]
     if device not in self.encoders: self.encoders[device] = BatchEncoder(self, device)
-    encoder, batches, room = self.encoders[device], [], 0
-    for text in texts:
-        if room <= 0: batches, room = [*batches, []], 1 << 16
-        batches[-1].append(text)
-        room -= len(text)
-    with ThreadPoolExecutor(torch.get_num_threads()) as pool: return [*chain(*pool.map(encoder, map(encoder.meet, batches)))]
+    encoder = self.encoders[device]
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool: return [*chain(*pool.map(encoder, map(encoder.meet, chunks(texts, 1 << 16))))]
 
 # %% ../nbs/01_tokenizer.ipynb #e922181f
 @patch
