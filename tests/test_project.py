@@ -54,8 +54,9 @@ def test_no_class_is_defined_twice():
 
 
 def test_rooms_import_only_from_lower_rooms():
-    names = [path.stem for path in LESSONS]
-    module = {name: re.search(r"#\| *default_exp (\w+)", (ROOT / "nbs" / f"{name}.ipynb").read_text(encoding="utf-8"))[1] for name in names}
+    exported = {path.stem: re.search(r"#\| *default_exp (\w+)", path.read_text(encoding="utf-8")) for path in LESSONS}
+    module = {name: found[1] for name, found in exported.items() if found}   # some lessons only show
+    names = list(module)
     for i, name in enumerate(names):
         source = (ROOT / "minikl" / f"{module[name]}.py").read_text(encoding="utf-8")
         used = set(re.findall(r"^from (?:minikl)?\.(\w+) import", source, re.M))
