@@ -60,6 +60,19 @@ def test_layouts_learn_the_same_on_two_processes(layout, tmp_path, torchrun):
     assert losses(tmp_path / layout) == pytest.approx(losses(tmp_path / "nested"), rel=1e-3)
 
 
+def test_compiled_blocks_learn_the_same(tmp_path, python):
+    for more in ((), ("--compile",)):
+        done = python("minikl/train.py", *TINY, "--corpus=toy", "--max_steps=20", *more, f"--out_dir={tmp_path}/{len(more)}")
+        if more and "does not work here" in done.stderr: pytest.skip(done.stderr.splitlines()[-1])
+        assert done.returncode == 0, done.stderr
+    assert losses(tmp_path / "1") == pytest.approx(losses(tmp_path / "0"), rel=1e-3)
+
+
+def test_without_a_compiler_one_line_says_so(tmp_path, python):
+    done = python("minikl/train.py", *TINY, "--corpus=toy", "--max_steps=2", "--compile", f"--out_dir={tmp_path}", env={**os.environ, "CXX": "no-such-compiler"})
+    assert done.returncode == 2 and "torch.compile does not work here" in done.stderr.splitlines()[-1], done.stderr
+
+
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
 def test_mixed_precision_trains_on_cpu(dtype, tmp_path, python):
     done = python("minikl/train.py", *TINY, "--corpus=toy", "--max_steps=40", f"--dtype={dtype}", f"--out_dir={tmp_path}")
