@@ -136,6 +136,9 @@ def llama(options):
     report(f"Training step, {n_docs} documents of {length} tokens", seconds, baseline, n_docs * length)
     print(f"matrix products of the linear layers alone: {1000 * median(alone):,.0f} ms, {flops / median(alone) / 1e9:,.0f} GFLOP/s; "
           "share of a step: " + ", ".join(f"{name} {median(a / b for a, b in zip(alone, seconds[name])):.0%}" for name in seconds))
+    attention = 6 * config.num_layers * n_docs * length**2 * config.d_model   # two products, forward and twice that backward, the causal half of each
+    print(f"with attention's own products, {attention / flops:.1%} more FLOPs, at that rate: "
+          + ", ".join(f"{name} {(1 + attention / flops) * median(a / b for a, b in zip(alone, seconds[name])):.0%}" for name in seconds))
 
     lengths = zipf_lengths(n_docs * 4, length)
     docs = random_docs(lengths, config.vocab_size)
