@@ -21,6 +21,7 @@ import signal
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
 from pathlib import Path
@@ -286,7 +287,8 @@ class Recorder:
 def write(self: Recorder, progress, **metrics):
     "Record one line. `progress` is the share of the run that is done; `step` is among the metrics."
     self.lines.append(metrics)
-    print(json.dumps(metrics), file=self.file, flush=True)
+    try: print(json.dumps(metrics), file=self.file, flush=True)
+    except OSError as error: tqdm.write(f"metrics are not on the disk yet, training goes on: {error}", file=sys.stderr)   # the file keeps them and tries again
     shown = {name: f"{value:.4g}" for name, value in metrics.items() if name in ("loss", "bits_per_char", "tokens_per_s")}
     self.bar.set_postfix(shown, refresh=False)
     self.bar.n = round(100 * min(progress, 1), 1)
@@ -296,7 +298,7 @@ def write(self: Recorder, progress, **metrics):
 @patch
 def close(self: Recorder):
     self.bar.close()
-    self.file.close()
+    with suppress(OSError): self.file.close()
     if self.wandb: self.safely(self.wandb.finish)
     self.wandb = None
 
@@ -461,7 +463,8 @@ def finish(
     run.tokenizer.save(out / "vocab_dict.json")
     run.model.save(out)
     write_atomically(out / "run.json", json.dumps(result, ensure_ascii=False, indent=2))
-    os.replace(recorder.file.name, out / "metrics.jsonl")   # as long as the other name is there, the run is unfinished
+    write_atomically(out / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in recorder.lines))
+    os.unlink(recorder.file.name)   # as long as this is there, the run is unfinished
     print("held-out bits per character: " + ", ".join(f"{name} {value:.3f}" for name, value in compare.items()))
     print(f"wrote model.safetensors, config.json, vocab_dict.json, metrics.jsonl, loss.png and run.json to {out}")
     return result
