@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['RECIPE', 'FREE', 'MENDING', 'Ranks', 'share', 'Objective', 'evaluate', 'option', 'TrainConfig', 'truth',
            'parse_options', 'check', 'splits', 'baselines', 'find_data', 'prepare', 'Recorder', 'plot_run', 'Run',
-           'train', 'finish', 'stop_signals', 'main']
+           'train', 'finish', 'stop_signals', 'plain_words', 'main']
 
 # %% ../nbs/08_ddp.ipynb #c003
 import argparse
@@ -21,7 +21,7 @@ import signal
 import sys
 import tempfile
 import time
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
 from pathlib import Path
@@ -484,10 +484,23 @@ def stop_signals():   # list of the signals that this process has been sent sinc
     for number in (signal.SIGINT, signal.SIGTERM): before[number] = signal.signal(number, collect)
     return signals
 
+# %% ../nbs/08_ddp.ipynb #0c6d6095
+@contextmanager
+def plain_words():
+    "Say what to do where PyTorch only says that memory is full or a peer is gone."
+    try: yield
+    except (RuntimeError, MemoryError) as error:
+        said = str(error)
+        if isinstance(error, MemoryError) or any(sign in said for sign in ("out of memory", "not enough memory", "allocate memory")):
+            print(f"error: process {os.environ.get('RANK', 0)} is out of memory: lower --batch_size or raise --grad_accum; lower --max_seq_len, --d_model or --num_layers", file=sys.stderr, flush=True)
+            sys.exit(2)   # perhaps it is only this one
+        if not (isinstance(error, dist.DistError) or "by peer" in said or "roken pipe" in said): raise
+        raise ValueError("another process of this run has gone; --resume continues from the newest checkpoint") from None
+
 # %% ../nbs/08_ddp.ipynb #c086
 def main(argv=None):
     "The script: `torchrun --nproc-per-node=2 minikl/train.py …`, or plain `python minikl/train.py …`."
-    with one_line_errors():
+    with one_line_errors(), plain_words():
         options, config = parse_options(argv)
         ranks = Ranks(options.threads)
         run = Run(options, config, ranks)
@@ -503,7 +516,7 @@ def main(argv=None):
             del run
             gc.collect()   # DDP holds on to the process group, whose threads have to end before Python does
             dist.destroy_process_group()
-        if stopped: sys.exit(128 + stopped)
+        if stopped and "RANK" not in os.environ: sys.exit(128 + stopped)   # a launcher would take it for a failure, and kill or restart
 
 # %% ../nbs/08_ddp.ipynb #c087
 if __name__ == '__main__' and '__file__' in globals(): main()
