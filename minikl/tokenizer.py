@@ -389,8 +389,9 @@ def write_atomically(
             os.fsync(file.fileno())
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         os.unlink(temporary)
+        if isinstance(error, OSError): error.filename = str(path)   # a full disk does not say so itself
         raise
 
 # %% ../nbs/01_tokenizer.ipynb #c071
