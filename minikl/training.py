@@ -61,9 +61,9 @@ def like(tensor, weight):   # the same, or this process's part of it
     return distribute_tensor(tensor, weight.device_mesh, weight.placements, src_data_rank=None).clone()   # else a view keeps the whole alive
 
 def gather(tensors):   # {name: ordinary tensor in main memory} on the first process, {} on the others
-    "Whole tensors, one after the other, where they can be written to disk. All processes have to call this."
+    "Whole tensors, one after the other and in order of name, where they can be written to disk. All processes have to call this."
     first = not dist.is_initialized() or dist.get_rank() == 0
-    return {name: full.cpu() for name, full in ((name, whole(tensor)) for name, tensor in tensors.items()) if first}
+    return {name: full.cpu() for name, full in ((name, whole(tensor)) for name, tensor in sorted(tensors.items())) if first}
 
 # %% ../nbs/07_training.ipynb #c048
 class Muon(torch.optim.Optimizer):
