@@ -29,7 +29,7 @@ import torch
 import torch.distributed as dist
 from fastcore.basics import patch
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
@@ -44,7 +44,7 @@ from minikl.training import Precision, gather, make_optimizers, pack, read_check
 # %% ../nbs/08_ddp.ipynb #c025
 class Ranks:
     "This process among its peers. Without torchrun: a world of one, which needs no process group."
-    def __init__(self, threads=0):
+    def __init__(self, threads=0, timeout=10):   # CPU threads of this process; minutes that a step waits for the others
         number = lambda name, default: int(os.environ.get(name, default))
         self.rank, self.world = number("RANK", 0), number("WORLD_SIZE", 1)
         self.local_rank, local_world, n_gpus = number("LOCAL_RANK", 0), number("LOCAL_WORLD_SIZE", 1), torch.cuda.device_count()
@@ -52,7 +52,10 @@ class Ranks:
         self.device = torch.device("cuda", self.local_rank) if n_gpus else torch.device("cpu")
         if n_gpus: torch.cuda.set_device(self.device)
         else: torch.set_num_threads(max(1, threads or (os.cpu_count() or 1) // local_world))
-        if self.world > 1: dist.init_process_group("nccl" if n_gpus else "gloo", timeout=timedelta(hours=2))
+        self.group = None   # all processes, once more, for what happens in every step
+        if self.world > 1:
+            dist.init_process_group("nccl" if n_gpus else "gloo", timeout=timedelta(hours=2))
+            self.group = dist.new_group(timeout=timedelta(minutes=timeout))
 
     def sum(
         self,
@@ -61,7 +64,7 @@ class Ranks:
         "Add numbers up over all processes."
         if self.world == 1: return [float(number) for number in numbers]
         total = torch.tensor(numbers, dtype=torch.float64, device=self.device)
-        dist.all_reduce(total)
+        dist.all_reduce(total, group=self.group)
         return total.tolist()
 
 # %% ../nbs/08_ddp.ipynb #c026
@@ -114,7 +117,7 @@ def shard(
 ):
     "Leave each process a part of every weight, and so of its gradient and of the optimizer's memory. Rajbhandari et al. 2020, arXiv:1910.02054; Zhao et al. 2023, arXiv:2304.11277."
     if ranks.world == 1: return print("--shard: the only process holds everything", flush=True)
-    mesh = init_device_mesh(ranks.device.type, (ranks.world,))
+    mesh = DeviceMesh.from_group(ranks.group, ranks.device.type)
     for unit in (*model.blocks, model): fully_shard(unit, mesh=mesh)
     register_fsdp_forward_method(model, "loss")
 
@@ -164,6 +167,7 @@ class TrainConfig:
     layout: str = option("nested", "nested, packed or padded")
     dtype: str = option("auto", "auto, fp32, bf16 or fp16")
     shard: bool = option(False, "each process holds a part of the model instead of a copy")
+    timeout: float = option(10.0, "minutes that a step waits for other processes before it gives them up")
     threads: int = option(0, "CPU threads per process (default: cores / processes)")
     held_out: float = option(0.03, "share of the documents kept for evaluation")
     eval_every: int = option(0, "steps between evaluations (default: only at the end)")
@@ -204,7 +208,7 @@ def parse_options(
 def check(options, config, n_ranks):
     "Find what cannot work before anything slow begins. `ValueError` names the option."
     choices = dict(corpus=CORPORA, on_bad_line=("error", "skip"), layout=LAYOUTS, optimizer=("muon", "adamw"), dtype=("auto", "fp32", "bf16", "fp16"))
-    least, below = dict(grad_accum=1, log_every=1, eval_documents=1, keep_checkpoints=1, clip=1e-6), dict(warmup=1, held_out=1)
+    least, below = dict(grad_accum=1, log_every=1, eval_documents=1, keep_checkpoints=1, clip=1e-6, timeout=0.01), dict(warmup=1, held_out=1)
     for name, value in asdict(options).items():
         low, high = least.get(name, 0), below.get(name, math.inf)
         if name in choices and value not in choices[name]: raise ValueError(f"{name}={value!r}: expected one of {', '.join(choices[name])}")
@@ -353,7 +357,7 @@ class Run:
         torch.manual_seed(options.seed)
         self.model = MiniKL(self.config).to(ranks.device)
         if options.shard: shard(self.model, ranks)
-        self.loss = self.model.loss if options.shard or ranks.world == 1 else DistributedDataParallel(Objective(self.model))
+        self.loss = self.model.loss if options.shard or ranks.world == 1 else DistributedDataParallel(Objective(self.model), process_group=ranks.group)
         self.precision, self.layout = Precision(options.dtype, ranks.device.type), LAYOUTS[options.layout]
         self.optimizers = make_optimizers(self.model, options.optimizer, options.lr, options.muon_lr, options.weight_decay)
         epochs = options.epochs or (0 if options.max_steps or options.minutes else 1)
@@ -398,7 +402,7 @@ def settings(self: Run):
             "torch": torch.__version__, "python": platform.python_version()}
 
 # %% ../nbs/08_ddp.ipynb #c076b
-FREE = {"data_jsonl_path", "on_bad_line", "vocab_dict_path", "corpus", "out_dir", "grad_accum", "shard", "threads", "save_every", "keep_checkpoints", "resume", "use_wandb", "wandb_entity", "wandb_project"}
+FREE = {"data_jsonl_path", "on_bad_line", "vocab_dict_path", "corpus", "out_dir", "grad_accum", "shard", "timeout", "threads", "save_every", "keep_checkpoints", "resume", "use_wandb", "wandb_entity", "wandb_project"}
 
 @patch
 def save(self: Run, lines, elapsed):
@@ -498,7 +502,7 @@ def main(argv=None):
     "The script: `torchrun --nproc-per-node=2 minikl/train.py …`, or plain `python minikl/train.py …`."
     with one_line_errors():
         options, config = parse_options(argv)
-        ranks = Ranks(options.threads)
+        ranks = Ranks(options.threads, options.timeout)
         run = Run(options, config, ranks)
         lines, stopped = run.begin(), None
         if lines is not None:
