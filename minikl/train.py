@@ -427,8 +427,11 @@ def begin(self: Run):   # lines of metrics so far, or None where nothing is left
             if other: raise ValueError(f"--resume: {found[0]} is of another run: {'; '.join(other)}")
             box[0] = found
         else: print(f"no checkpoint in {folder}: beginning at step 0", flush=True)
-    ranks.once_per_host(lambda: look() if ranks.rank == 0 else None)   # a mistake ends all
-    if ranks.world > 1: dist.broadcast_object_list(box)
+    ranks.once_per_host(look)   # a mistake ends all
+    if ranks.world > 1:
+        names = [""] * ranks.world   # hosts that share no folder may know different checkpoints: the newest counts
+        dist.all_gather_object(names, box[0][0].name if box[0] else "")
+        dist.broadcast_object_list(box, src=names.index(max(names)))
     if not box[0]: return []
     (path, files), unfinished = box
     facts = unpack(files, self.model, self.optimizers)
