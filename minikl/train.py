@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['RECIPE', 'FREE', 'Ranks', 'share', 'Objective', 'shard', 'evaluate', 'option', 'TrainConfig', 'truth',
-           'parse_options', 'check', 'splits', 'baselines', 'find_data', 'prepare', 'Recorder', 'plot_run', 'Run',
-           'train', 'finish', 'stop_signals', 'main']
+           'parse_options', 'check', 'splits', 'baselines', 'find_data', 'prepare', 'Recorder', 'plot_run', 'Pool',
+           'Run', 'train', 'finish', 'stop_signals', 'main']
 
 # %% ../nbs/08_ddp.ipynb #c003
 import argparse
@@ -52,7 +52,7 @@ class Ranks:
         self.device = torch.device("cuda", self.local_rank) if n_gpus else torch.device("cpu")
         if n_gpus: torch.cuda.set_device(self.device)
         else: torch.set_num_threads(max(1, threads or (os.cpu_count() or 1) // local_world))
-        self.group = None   # all processes, once more, for what happens in every step
+        self.mates, self.group = range(self.world), None   # ranks that read the same data; all processes, once more, for what happens in every step
         if self.world > 1:
             dist.init_process_group("nccl" if n_gpus else "gloo", timeout=timedelta(hours=2))
             self.group = dist.new_group(timeout=timedelta(minutes=timeout))
@@ -69,6 +69,13 @@ class Ranks:
 
 # %% ../nbs/08_ddp.ipynb #c026
 @patch
+def all(self: Ranks, thing):   # list: what each process has brought
+    "Show something that pickles to all processes."
+    things = [thing]
+    if self.world > 1: dist.all_gather_object(things := [None] * self.world, thing)
+    return things
+
+@patch
 def once_per_host(
     self: Ranks,
     make,  # function without arguments; its result or its ValueError or OSError must pickle
@@ -78,10 +85,7 @@ def once_per_host(
     if self.local_rank == 0:
         try: outcome = make()
         except (ValueError, OSError) as error: outcome = error
-    outcomes = [outcome]
-    if self.world > 1:
-        outcomes = [None] * self.world
-        dist.all_gather_object(outcomes, outcome)
+    outcomes = self.all(outcome)
     for found in outcomes:
         if isinstance(found, Exception): raise found
     return outcomes[self.rank - self.local_rank]
@@ -133,11 +137,10 @@ def evaluate(
 ):               # bits per character, ends of text included
     "Bits that the model needs per character of text it has not seen: comparable between tokenizers, unlike loss per token."
     model.eval()
-    nats, together = 0.0, size * ranks.world
-    for first in range(0, len(documents), together):
-        mine = range(len(documents))[first + ranks.rank:first + together:ranks.world]
-        batch = layout([documents[i] for i in mine or [0]]).to(ranks.device)   # who has none left keeps the others company: a sharded model needs all ranks
-        with precision.autocast(): nats += float(model.loss(batch)[0]) * bool(mine)
+    mine, nats = [i for i in range(len(documents)) if documents.here(i)][ranks.mates.index(ranks.rank)::len(ranks.mates)], 0.0
+    for first in range(0, max(ranks.all(len(mine))), size):   # who has none left keeps the others company: a sharded model needs all ranks
+        batch = layout([documents[i] for i in mine[first:first + size]] or [torch.zeros(1, dtype=torch.long)]).to(ranks.device)
+        with precision.autocast(): nats += float(model.loss(batch)[0])
     model.train()
     return ranks.sum(nats)[0] / math.log(2) / documents.n_chars
 
@@ -148,6 +151,7 @@ def option(default, help): return field(default=default, metadata={"help": help}
 class TrainConfig:
     "The options of the script, beside those of MiniKLConfig."
     data_jsonl_path: tuple = option((), "one or more .jsonl, .jsonl.gz or .jsonl.zst files, a document per line")
+    local_data: bool = option(False, "each host reads its own --data_jsonl_path, and trains on no other; all documents count as one corpus")
     on_bad_line: str = option("error", "what a malformed line does: error (stop and name it) or skip (leave it out and count it)")
     vocab_dict_path: str = option("", "vocabulary {token: id} (default: train one of --vocab_size tokens on the data)")
     corpus: str = option("poetry", f"built-in data where no --data_jsonl_path is given: {', '.join(CORPORA)}")
@@ -215,6 +219,7 @@ def check(options, config, n_ranks):
         if type(value) in (int, float) and not low <= value < high: raise ValueError(f"{name}={value}: expected at least {low}, and below {high}")
     if options.batch_size < n_ranks * options.grad_accum:
         raise ValueError(f"batch_size={options.batch_size}: too few documents for {n_ranks} processes × {options.grad_accum} micro-batches")
+    if options.local_data and not options.vocab_dict_path: raise ValueError("local_data: needs --vocab_dict_path, since hosts with different data would train different vocabularies")
     if config.max_seq_len < 2: raise ValueError("max_seq_len=1: expected 2 or more, since a token is predicted from those before it")
 
 # %% ../nbs/08_ddp.ipynb #c059
@@ -268,6 +273,7 @@ def prepare(
     bad, empty, unknown = (token_file.counts[name] for name in ("bad", "empty", "unknown"))
     if bad or empty: print(f"passed over {bad} malformed and {empty} empty records; {folder / 'passed_over.txt'} names them", flush=True)
     if unknown: print(f"{unknown / len(token_file.tokens):.1%} of the tokens are <unk>: text that the vocabulary cannot spell, and that bits per character leave out", flush=True)
+    if options.local_data: return paths, vocab, folder, {}   # no host could compute a baseline of all data
     parts, known = splits(token_file, options), folder / f"baselines-{options.held_out}-{options.eval_documents}.json"
     if not known.exists():
         print("computing the baselines", flush=True)
@@ -340,6 +346,27 @@ def plot_run(
     figure.savefig(image, dpi=120)
     write_atomically(path, image.getvalue())
 
+# %% ../nbs/08_ddp.ipynb #1931471c
+class Pool(TokenFile):
+    "The documents of all hosts as one token file, whatever host has them. Only this host's own can be read, those whose positions are within its own `tokens`."
+    def __init__(
+        self,
+        folder,  # of this host, made by `build_tokens`
+        ranks,   # Ranks, which will know its `mates`
+    ):
+        super().__init__(folder)
+        names = ranks.all(folder.name)
+        self.name, ranks.mates = "+".join(sorted(set(names))), [rank for rank, name in enumerate(names) if name == folder.name]
+        if self.name == folder.name: return
+        tables = zip(names, ranks.all(None if ranks.local_rank else (self.counts, self.starts, self.ends, self.n_chars, self.fractions)))
+        tables, columns = {name: table for name, table in tables if table}, []
+        before = -sum(counts["tokens"] for name, (counts, *_) in tables.items() if name < folder.name)
+        for _, (counts, starts, ends, *others) in sorted(tables.items()):
+            columns.append((starts + before, ends + before, *others))
+            before += counts["tokens"]
+        self.starts, self.ends, self.n_chars, self.fractions = map(torch.cat, zip(*columns))
+        self.counts = {kind: sum(counts[kind] for counts, *_ in tables.values()) for kind in self.counts}
+
 # %% ../nbs/08_ddp.ipynb #c072
 class Run:
     "One training run: everything that its steps share. The model gets the vocab_size of the vocabulary, not that of `config`."
@@ -347,13 +374,13 @@ class Run:
         check(options, config, ranks.world)
         self.options, self.ranks, self.checkpoints = options, ranks, Path(options.out_dir) / "checkpoints"
         self.paths, self.vocab, self.folder, self.compare = ranks.once_per_host(lambda: prepare(options, config.vocab_size))
-        number = int(self.folder.name[-8:], 16)
-        if ranks.sum(number)[0] != number * ranks.world: raise ValueError("the hosts hold different data or vocabularies")
+        token_file = Pool(self.folder, ranks)
+        if token_file.name != self.folder.name and not options.local_data: raise ValueError("the hosts hold different data or vocabularies; if the data are meant to differ: --local_data")
         self.tokenizer = Tokenizer.load(self.vocab)
+        if len(set(ranks.all(json.dumps(self.tokenizer.vocab)))) > 1: raise ValueError("the hosts hold different vocabularies")
         self.config = replace(config, vocab_size=len(self.tokenizer))
-        token_file = TokenFile(self.folder)
         self.documents, self.held_out = (Documents(token_file, part, config.max_seq_len) for part in splits(token_file, options))
-        self.counts = {**token_file.counts, "pieces_to_train_on": len(self.documents)}
+        self.corpus, self.counts = token_file.name, {**token_file.counts, "pieces_to_train_on": len(self.documents)}
         torch.manual_seed(options.seed)
         self.model = MiniKL(self.config).to(ranks.device)
         if options.shard: shard(self.model, ranks)
@@ -378,9 +405,11 @@ def step(
     "Take this process's share of the documents of a step, and learn from it."
     options, ranks, factor = self.options, self.ranks, schedule(progress, self.options.warmup)
     for group in [g for o in self.optimizers for g in o.param_groups]: group["lr"] = factor * group["peak_lr"]
-    docs = self.documents.batch(step, options.batch_size, options.seed)
-    n_targets = max(1, sum(len(doc) - 1 for doc in docs))   # the same on every process: all know the whole step
-    parts = [self.layout(part).to(ranks.device) for part in share(docs, ranks.rank, ranks.world, options.grad_accum)]
+    drawn = self.documents.draw(step, options.batch_size, options.seed)
+    n_targets = max(1, int((self.documents.ends[drawn] - self.documents.starts[drawn] - 1).sum()))   # the same on every process: all know the whole step
+    docs, n_parts = [self.documents[i] for i in drawn if self.documents.here(i)], len(ranks.mates) * options.grad_accum
+    docs += [torch.zeros(1, dtype=torch.long)] * (n_parts - len(docs))   # of a host that has too few of this step's documents: no targets
+    parts = [self.layout(part).to(ranks.device) for part in share(docs, ranks.mates.index(ranks.rank), len(ranks.mates), options.grad_accum)]
     total, norm = train_step(self.loss, parts, self.model, self.optimizers, self.precision, n_targets, ranks.world, options.clip)
     return total, norm, n_targets
 
@@ -397,12 +426,12 @@ def bits_per_char(self: Run):
 def settings(self: Run):
     "All it takes to run this again."
     return {"command": shlex.join(sys.argv), "options": {**asdict(self.options), **asdict(self.config)}, "data": [str(path) for path in self.paths],
-            "vocabulary": str(self.vocab), "tokens": self.folder.name, "documents": self.counts, "parameters": sum(p.numel() for p in self.model.parameters()),
+            "vocabulary": str(self.vocab), "tokens": self.corpus, "documents": self.counts, "parameters": sum(p.numel() for p in self.model.parameters()),
             "device": self.ranks.device.type, "dtype": self.precision.name, "processes": self.ranks.world, "threads": torch.get_num_threads(),
             "torch": torch.__version__, "python": platform.python_version()}
 
 # %% ../nbs/08_ddp.ipynb #c076b
-FREE = {"data_jsonl_path", "on_bad_line", "vocab_dict_path", "corpus", "out_dir", "grad_accum", "shard", "timeout", "threads", "save_every", "keep_checkpoints", "resume", "use_wandb", "wandb_entity", "wandb_project"}
+FREE = {"data_jsonl_path", "local_data", "on_bad_line", "vocab_dict_path", "corpus", "out_dir", "grad_accum", "shard", "timeout", "threads", "save_every", "keep_checkpoints", "resume", "use_wandb", "wandb_entity", "wandb_project"}
 
 @patch
 def save(self: Run, lines, elapsed):
@@ -428,10 +457,8 @@ def begin(self: Run):   # lines of metrics so far, or None where nothing is left
             box[0] = found
         else: print(f"no checkpoint in {folder}: beginning at step 0", flush=True)
     ranks.once_per_host(look)   # a mistake ends all
-    if ranks.world > 1:
-        names = [""] * ranks.world   # hosts that share no folder may know different checkpoints: the newest counts
-        dist.all_gather_object(names, box[0][0].name if box[0] else "")
-        dist.broadcast_object_list(box, src=names.index(max(names)))
+    names = ranks.all(box[0][0].name if box[0] else "")   # hosts that share no folder may know different checkpoints: the newest counts
+    if ranks.world > 1: dist.broadcast_object_list(box, src=names.index(max(names)))
     if not box[0]: return []
     (path, files), unfinished = box
     facts = unpack(files, self.model, self.optimizers)
