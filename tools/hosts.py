@@ -81,11 +81,11 @@ class Hosts:
         "Pull the network cable of a host (`down`), or plug it in again (`up`): here nothing closes a connection."
         ip("-n", self.names["switch"], "link", "set", f"port{host}", state)
 
-    def torchrun(self, host, *command, nnodes=2, meet="switch", restarts=0, **environment):
-        "Start one process of a script under torchrun, which meets its fellows at port 29400 of `meet`."
+    def torchrun(self, host, *command, nnodes=2, meet="switch", run="run", restarts=0, **environment):
+        "Start one process of a script under torchrun, which meets its fellows of the same `run` at port 29400 of `meet`."
         is_host = int(host == meet)
         return self.start(host, sys.executable, "-m", "torch.distributed.run", f"--nnodes={nnodes}", "--nproc-per-node=1", f"--max-restarts={restarts}",
-                          "--rdzv-backend=c10d", f"--rdzv-endpoint={self.address[meet]}:29400", f"--rdzv-conf=is_host={is_host},last_call_timeout=2,keep_alive_interval=1",
+                          "--rdzv-backend=c10d", f"--rdzv-id={run}", f"--rdzv-endpoint={self.address[meet]}:29400", f"--rdzv-conf=is_host={is_host},last_call_timeout=2,keep_alive_interval=1",
                           f"--local-addr={self.address[host]}", *command, **environment)
 
     def meeting_place(self):
