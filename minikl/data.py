@@ -243,6 +243,8 @@ class Documents:
 
     def __len__(self): return len(self.starts)
 
+    def here(self, i): return 0 <= self.starts[i] < len(self.tokens)   # else another host has it (lesson 08)
+
     def __getitem__(self, i): return self.tokens[self.starts[i]:self.ends[i]].long()
 
 # %% ../nbs/02_data.ipynb #c064
@@ -256,16 +258,21 @@ def shuffled(
     return torch.randperm(n, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
 
 @patch
-def batch(
+def draw(
     self: Documents,
     step,        # 0, 1, 2, …
     batch_size,  # documents in all, over all processes
     seed=0,      # of the run
-):               # list of 1-D id tensors
-    "Documents step·batch_size … of an endless stream in which epoch follows epoch, each in its own order."
+):               # numbers of documents: list of int
+    "Places step·batch_size … of an endless stream in which epoch follows epoch, each in its own order."
     if not len(self): raise ValueError("there are no documents to draw a batch from")
     places = range(step * batch_size, (step + 1) * batch_size)
-    return [self[int(shuffled(len(self), seed, place // len(self))[place % len(self)])] for place in places]
+    return [int(shuffled(len(self), seed, place // len(self))[place % len(self)]) for place in places]
+
+@patch
+def batch(self: Documents, step, batch_size, seed=0):   # list of 1-D id tensors
+    "The documents that are drawn."
+    return [self[i] for i in self.draw(step, batch_size, seed)]
 
 # %% ../nbs/02_data.ipynb #c074
 def bigram_bits_per_char(

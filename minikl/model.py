@@ -173,11 +173,12 @@ def loss(
 @patch
 def save(
     self: MiniKL,
-    folder,  # model.safetensors and config.json are written here, each whole or not at all
+    folder,        # model.safetensors and config.json are written here, each whole or not at all
+    weights=None,  # {name: tensor}: others than its own, as of a model that many processes share
 ):
     "Save weights and configuration."
     write_atomically(Path(folder) / "config.json", json.dumps(asdict(self.config), indent=2))
-    write_atomically(Path(folder) / "model.safetensors", to_bytes({n: w.contiguous() for n, w in self.state_dict().items()}))
+    write_atomically(Path(folder) / "model.safetensors", to_bytes({n: w.contiguous() for n, w in (weights or self.state_dict()).items()}))
 
 @patch(cls_method=True)
 def load(
