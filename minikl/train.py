@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['RECIPE', 'SHOWN', 'FREE', 'Ranks', 'share', 'Objective', 'evaluate', 'option', 'TrainConfig', 'truth',
            'parse_options', 'check', 'splits', 'baselines', 'find_data', 'prepare', 'Recorder', 'plot_run', 'Run',
-           'train', 'finish', 'stop_signals', 'main']
+           'train', 'finish', 'peak_mib', 'kept_for_backward', 'rehearse', 'plan', 'stop_signals', 'main']
 
 # %% ../nbs/08_ddp.ipynb #c003
 import argparse
@@ -33,8 +33,8 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from minikl.data import (CORPORA, DATA, Documents, OneLineParser, TokenFile, bigram_bits_per_char, build_tokens, build_toy, fingerprint,
-                         hash_fraction, one_line_errors, read_jsonl, toy_floor, xz_bits_per_char)
-from minikl.model import MiniKL, MiniKLConfig
+                         hash_fraction, one_line_errors, read_jsonl, shuffled, toy_floor, xz_bits_per_char)
+from minikl.model import MiniKL, MiniKLConfig, count_by_formula
 from minikl.nested import LAYOUTS
 from minikl.tokenizer import Tokenizer, write_atomically
 from minikl.training import Precision, make_optimizers, pack, read_checkpoint, schedule, train_step, unpack, write_checkpoint
@@ -158,6 +158,7 @@ class TrainConfig:
     resume: bool = option(False, "continue the run in --out_dir from its newest checkpoint, or begin where there is none")
     log_every: int = option(10, "steps between lines of metrics.jsonl")
     sample_prompts: tuple = option((), "what the texts in samples.jsonl begin with (default: as three held-out documents do)")
+    plan: bool = option(False, "take a few steps in memory, say what the run will need, and end")
     use_wandb: bool = option(False, "log to Weights & Biases too; offline unless you are logged in")
     wandb_entity: str = option("", "your account or team on W&B")
     wandb_project: str = option("minikl", "project on W&B")
@@ -218,8 +219,9 @@ def baselines(texts, n_chars, kept, held_out, limit=3_000_000):
 # %% ../nbs/08_ddp.ipynb #c062a
 def find_data(options):
     "The files to read, checked as far as their first document, and a folder for results that can be written."
-    Path(options.out_dir).mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryFile(dir=options.out_dir): pass   # fails where nothing can be written
+    if not options.plan:
+        Path(options.out_dir).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=options.out_dir): pass   # fails where nothing can be written
     paths = [Path(path) for path in options.data_jsonl_path]
     if not paths:
         try: paths = [CORPORA[options.corpus]()]
@@ -350,7 +352,7 @@ class Run:
         self.optimizers = make_optimizers(self.model, options.optimizer, options.lr, options.muon_lr, options.weight_decay)
         epochs = options.epochs or (0 if options.max_steps or options.minutes else 1)
         self.max_steps = min(options.max_steps or math.inf, math.ceil(epochs * len(self.documents) / options.batch_size) or math.inf)
-        self.at = dict.fromkeys(("step", "tokens", "nats", "targets", "spare", "positions", "elapsed", "seconds", "evaluation_seconds"), 0)
+        self.at = dict.fromkeys(("step", "tokens", "nats", "targets", "spare", "positions", "norm", "elapsed", "seconds", "evaluation_seconds"), 0)
         self.targets_per_char = int((self.documents.ends - self.documents.starts - 1).sum()) / self.documents.n_chars
         self.prompts = self.beginnings()
 
@@ -416,7 +418,7 @@ def texts(self: Run, n_tokens=64):   # list of {"step": …, "prompt": …, "tex
     return lines
 
 # %% ../nbs/08_ddp.ipynb #c076b
-FREE = {"data_jsonl_path", "on_bad_line", "vocab_dict_path", "corpus", "out_dir", "grad_accum", "threads", "save_every", "keep_checkpoints", "resume", "use_wandb", "wandb_entity", "wandb_project", "sample_prompts"}
+FREE = {"data_jsonl_path", "on_bad_line", "vocab_dict_path", "corpus", "out_dir", "grad_accum", "threads", "save_every", "keep_checkpoints", "resume", "use_wandb", "wandb_entity", "wandb_project", "sample_prompts", "plan"}
 
 @patch
 def save(self: Run, lines, elapsed):
@@ -464,15 +466,15 @@ def train(run, recorder, signals=()):   # the signal that stopped it, or None
             nats, elapsed, stopped, spare = run.ranks.sum(float(total), clock(), len(signals), run.spare)
             if not math.isfinite(nats): raise FloatingPointError(f"the loss was {nats / n_targets:g} per target")
         except FloatingPointError as error: raise ValueError(f"step {at['step'] + 1}: {error}; lower --lr and --muon_lr, or use --dtype=fp32. Last good checkpoint: {newest()}") from None
-        at.update(spare=at["spare"] + spare, positions=at["positions"] + spare + n_targets + options.batch_size)
+        at.update(norm=max(at["norm"], float(norm)), spare=at["spare"] + spare, positions=at["positions"] + spare + n_targets + options.batch_size)
         at.update(step=at["step"] + 1, tokens=at["tokens"] + n_targets, nats=at["nats"] + nats, targets=at["targets"] + n_targets, elapsed=elapsed / run.ranks.world)
         progress = run.progress()
         if due(options.log_every) or progress >= 1:
             seconds, before = clock() - at["evaluation_seconds"], at["seconds"]
-            if recorder: recorder.write(progress, step=at["step"], tokens=at["tokens"], seconds=seconds, loss=at["nats"] / at["targets"], gradient_norm=float(norm),
+            if recorder: recorder.write(progress, step=at["step"], tokens=at["tokens"], seconds=seconds, loss=at["nats"] / at["targets"], gradient_norm=at["norm"],
                                         lr=run.optimizers[-1].param_groups[0]["lr"], tokens_per_s=at["targets"] / (seconds - before),
                                         train_bits_per_char=at["nats"] / at["targets"] / math.log(2) * run.targets_per_char, padding=at["spare"] / at["positions"])
-            at.update(nats=0, targets=0, spare=0, positions=0, seconds=seconds)
+            at.update(nats=0, targets=0, spare=0, positions=0, norm=0, seconds=seconds)
         if due(options.eval_every) and progress < 1:
             bits = run.bits_per_char()
             if recorder: recorder.write(progress, step=at["step"], seconds=clock() - at["evaluation_seconds"], bits_per_char=bits)
@@ -506,6 +508,67 @@ def finish(
     print(f"wrote model.safetensors, config.json, vocab_dict.json, metrics.jsonl, samples.jsonl, loss.png and run.json to {out}")
     return result
 
+# %% ../nbs/08_ddp.ipynb #2cbc7819
+def peak_mib(device):
+    "The most memory that this process has held so far: on a GPU what PyTorch took there, else resident memory."
+    if device.type == "cuda": return torch.cuda.max_memory_allocated(device) / 2**20
+    try: return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 2**10
+    except OSError: return math.nan   # not Linux
+
+def kept_for_backward(run, step):   # bytes of activations of a micro-batch
+    "What autograd keeps for the backward pass: each storage counted once, and none of the weights."
+    kept, weights = {}, {weight.untyped_storage().data_ptr() for weight in run.model.parameters()}
+    def count(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+    docs = share(run.documents.batch(step, run.options.batch_size, run.options.seed), run.ranks.rank, run.ranks.world, run.options.grad_accum)[0]
+    with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor), run.precision.autocast(): alive = run.model.loss(run.layout(docs).to(run.ranks.device))
+    return sum(size for place, size in kept.items() if place not in weights)
+
+# %% ../nbs/08_ddp.ipynb #5cf33581
+def rehearse(run, seconds=3):   # (seconds of a step, an evaluation, sample texts and a checkpoint; MiB of activations)
+    "Do a little of all that a run does: the steps that need most memory, then others for a few seconds, evenly spread over the first epoch."
+    documents, ranks, taken, n_targets, i = run.documents, run.ranks, 0.0, 0, 0
+    lengths = documents.ends - documents.starts
+    groups = lengths[shuffled(len(documents), run.options.seed, 0)].split(run.options.batch_size)
+    groups = groups[:int(min(run.max_steps, len(groups)))]
+    def timed(work, *arguments):   # (seconds, the same on every process, and what came of it)
+        start, result = time.perf_counter(), work(*arguments)
+        return ranks.sum(time.perf_counter() - start)[0] / ranks.world, result
+    large = [max(range(len(groups)), key=lambda step: int(size(groups[step]))) for size in (torch.sum, torch.max)]
+    activations = max(kept_for_backward(run, step) for step in large) / 2**20
+    for step in large: run.step(step, 0.5)
+    while taken < seconds or i < 4:
+        time_s, (_, _, n) = timed(run.step, int(len(groups) * (i * 0.618 % 1)), 0.5)
+        taken, n_targets, i = taken + time_s, n_targets + n, i + 1
+    thin = math.ceil(len(run.held_out) / (4 * run.options.batch_size))
+    run.held_out.starts, run.held_out.ends = run.held_out.starts[::thin], run.held_out.ends[::thin]
+    with tempfile.TemporaryDirectory() as folder:
+        run.checkpoints = Path(folder)
+        parts = [timed(work, *arguments)[0] for work, *arguments in ((run.bits_per_char,), (run.texts,), (run.save, [], 0))]
+    mean_targets = run.options.batch_size * float((lengths - 1).double().mean())
+    return taken / n_targets * mean_targets, parts[0] * thin, *parts[1:], activations
+
+# %% ../nbs/08_ddp.ipynb #3de0a9c5
+def plan(run):
+    "Say what a run needs in memory, tokens, steps and time."
+    options, weights, n_documents = run.options, list(run.model.parameters()), len(run.documents)
+    step, evaluation, texts, checkpoint, activations = rehearse(run)
+    exams, saves = (1 / every if every else 0 for every in (options.eval_every, options.save_every))
+    per_step = step + exams * (evaluation + texts) + saves * checkpoint
+    n_steps = min(run.max_steps, max(1, round(options.minutes * 60 / per_step)) if options.minutes else math.inf)
+    total = n_steps * per_step + evaluation + texts + checkpoint
+    weights_mib, optimizer_mib = (sum(tensor.nbytes for tensor in tensors) / 2**20 for tensors in
+                                  (weights, [tensor for o in run.optimizers for kept in o.state.values() for tensor in kept.values()]))
+    epoch_tokens = int((run.documents.ends - run.documents.starts - 1).sum())
+    epochs = n_steps * options.batch_size / n_documents
+    if run.ranks.rank == 0: print(f"""parameters  {sum(w.numel() for w in weights):,} (by formula {count_by_formula(run.config):,})
+memory      of each of {run.ranks.world} processes: weights {weights_mib:.1f} MiB, gradients {weights_mib:.1f}, optimizer {optimizer_mib:.1f}, activations of the largest step {activations:.1f}
+            peak of this one so far, with Python and PyTorch: {peak_mib(run.ranks.device):.0f} MiB
+data        {n_documents:,} pieces of {run.counts["documents"]:,} documents, {epoch_tokens:,} tokens per epoch
+steps       {n_steps:,} of {options.batch_size} documents: {epochs:.2f} epochs, {round(epochs * epoch_tokens):,} tokens
+time        about {timedelta(seconds=round(total))} once it has started: a step {step * 1000:.0f} ms, an evaluation {evaluation:.1f} s, sample texts {texts:.1f} s, a checkpoint {checkpoint:.2f} s""")
+
 # %% ../nbs/08_ddp.ipynb #c085b
 def stop_signals():   # list of the signals that this process has been sent since
     "Let Ctrl-C and SIGTERM wait until the end of a step. A lone process obeys the second one at once."
@@ -523,7 +586,7 @@ def main(argv=None):
         options, config = parse_options(argv)
         ranks = Ranks(options.threads)
         run = Run(options, config, ranks)
-        lines, stopped = run.begin(), None
+        lines, stopped = plan(run) if options.plan else run.begin(), None
         if lines is not None:
             recorder = Recorder(options, run.settings(), lines) if ranks.rank == 0 else None
             try:
