@@ -390,7 +390,7 @@ def bits_per_char(self: Run):
 def settings(self: Run):
     "All it takes to run this again."
     return {"command": shlex.join(sys.argv), "options": {**asdict(self.options), **asdict(self.config)}, "data": [str(path) for path in self.paths],
-            "vocabulary": str(self.vocab), "tokens": self.folder.name, "documents": self.counts, "parameters": sum(p.numel() for p in self.model.parameters()),
+            "vocabulary": str(self.vocab), "tokens": self.folder.name, "documents": self.counts, "baselines": self.compare, "parameters": sum(p.numel() for p in self.model.parameters()),
             "device": self.ranks.device.type, "dtype": self.precision.name, "processes": self.ranks.world, "threads": torch.get_num_threads(),
             "torch": torch.__version__, "python": platform.python_version()}
 
