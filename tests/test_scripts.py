@@ -33,7 +33,7 @@ def test_any_jsonl_and_vocabulary_train_and_generate(corpus, tmp_path, python, t
     trained = tmp_path / "out"
     done = torchrun("minikl/train.py", f"--vocab_dict_path={corpus}/vocab.json", f"--data_jsonl_path={corpus}/data.jsonl", "--max_steps=30", f"--out_dir={trained}")
     assert done.returncode == 0, done.stderr
-    assert {path.name for path in trained.iterdir() if path.is_file()} == {"model.safetensors", "config.json", "vocab_dict.json", "metrics.jsonl", "loss.png", "run.json"}
+    assert {path.name for path in trained.iterdir() if path.is_file()} == {"model.safetensors", "config.json", "vocab_dict.json", "metrics.jsonl", "samples.jsonl", "loss.png", "run.json"}
     assert losses(trained)[-1] < losses(trained)[0]
     for model in (trained, trained / "model.safetensors"):
         done = python("minikl/generate.py", f"--vocab_dict_path={corpus}/vocab.json", f"--model_path={model}", "--prompt=风吹过", "--max_new_tokens=20")

@@ -43,9 +43,9 @@ def wait_for(process, sign):
 
 
 def result(out):
-    "All that must come out alike: the metrics without the clock's, and the weights."
+    "All that must come out alike: the metrics without the clock's, the sample texts, and the weights."
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k not in ("seconds", "tokens_per_s")} for line in lines], (out / "model.safetensors").read_bytes()
+    return [{k: v for k, v in line.items() if k not in ("seconds", "tokens_per_s")} for line in lines], *((out / name).read_bytes() for name in ("samples.jsonl", "model.safetensors"))
 
 
 def soak(kills, folder, processes=1, seed=0):
