@@ -10,6 +10,7 @@ __all__ = ['RECIPE', 'SHOWN', 'FREE', 'MENDING', 'Ranks', 'share', 'Objective', 
 
 # %% ../nbs/08_ddp.ipynb #c003
 import argparse
+import faulthandler
 import gc
 import io
 import json
@@ -668,6 +669,7 @@ def plain_words():
 # %% ../nbs/08_ddp.ipynb #c086
 def main(argv=None):
     "The script: `torchrun --nproc-per-node=2 minikl/train.py …`, or plain `python minikl/train.py …`."
+    if hasattr(signal, "SIGUSR1"): faulthandler.register(signal.SIGUSR1, all_threads=False)   # kill -USR1 PID, and that rank says where it stands
     with one_line_errors(), plain_words():
         options, config = parse_options(argv)
         ranks = Ranks(options.threads, options.timeout)
