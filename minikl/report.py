@@ -11,6 +11,7 @@ import argparse
 import io
 import json
 import math
+from itertools import cycle
 from pathlib import Path
 from statistics import mean, median
 from types import SimpleNamespace
@@ -38,12 +39,13 @@ def read_run(
     finished, tail = True, ""
     if (folder / "metrics.jsonl.running").exists(): finished, tail = False, ".running"
     lines = json_lines(folder / f"metrics.jsonl{tail}")
-    if not lines: raise ValueError(f"{folder}: no metrics.jsonl with a line in it; expected the --out_dir of a training run")
+    training, exams = [line for line in lines if "loss" in line], [line for line in lines if "bits_per_char" in line]
+    if not training: raise ValueError(f"{folder}: no metrics.jsonl with a line of training in it; expected the --out_dir of a training run")
+    if "train_bits_per_char" not in training[0]: raise ValueError(f"{folder}: recorded by an older version; lines lack train_bits_per_char")
     settings = max(folder.glob("checkpoints/step-*/state.json"), default=None) if tail else folder / "run.json"
     settings = json.loads(settings.read_text(encoding="utf-8")) if settings and settings.exists() else {}
-    exams = [line for line in lines if "bits_per_char" in line]
-    return SimpleNamespace(name=str(folder), finished=finished, settings=settings.get("settings", settings), training=[line for line in lines if "loss" in line],
-                           exams=exams, samples=json_lines(folder / f"samples.jsonl{tail}"))
+    return SimpleNamespace(name=str(folder), finished=finished, settings=settings.get("settings", settings), training=training, exams=exams,
+                           samples=json_lines(folder / f"samples.jsonl{tail}"))
 
 # %% ../nbs/14_report.ipynb #r020
 def parts(values, n):   # list of n numbers
@@ -61,7 +63,7 @@ def facts(run):   # what the rules look at, named
     f.rise, f.fall = max(0, max(loss[i] / min(loss[:i]) - 1 for i in range(1, 5))), 1 - loss[4] / loss[2]
     best = min(exams, key=lambda exam: exam["bits_per_char"], default={"step": f.step, "bits_per_char": numpy.nan})
     f.exam, f.best_step = (exams or [best])[-1]["bits_per_char"], best["step"]
-    f.risen, f.gap = f.exam / best["bits_per_char"] - 1, f.exam / loss[4] - 1
+    f.risen, f.gap = f.exam / best["bits_per_char"] - 1, f.exam / loss[4]
     f.bigram, f.above_floor = baselines.get("bigram", numpy.inf), f.exam / baselines.get("entropy of the grammar", 1e-9) - 1
     f.padding, f.slower = mean(column("padding")), 1 - speed[4] / max(speed)
     f.clipped = mean(norm > f.clip for norm in norms[f.n // 2:])
@@ -78,9 +80,9 @@ RULES = {
     "unfinished": (lambda f: not f.finished, "Not finished: the last line is of step {f.step}; --resume goes on", "训练未结束，可用 --resume 继续"),
     "rate": (lambda f: f.above > 1.05 or f.rise > 0.1, "Learning rate too high: early on the loss was {f.above:.1f} times that of a model that knows nothing, and later it rose by {f.rise:.0%}. "
              "Try a third of --lr and --muon_lr", "学习率过高"),
-    "overfitting": (lambda f: f.risen > 0.02 or f.gap > 0.25, "Learning by heart: held-out text was predicted best at step {f.best_step}, is {f.risen:.0%} worse now, and costs {f.gap:.0%} "
-                    "more than training text. Stop earlier (--epochs), use more text or a smaller model", "过拟合：训练文本越背越熟，新文本反而变差"),
-    "longer": (lambda f: f.fall > 0.05 and not f.gap > 0.1 and not f.above_floor < 0.03, "Still falling: the loss fell by {f.fall:.0%} in the second half, and new text costs hardly more than known text. Train longer", "损失仍在下降：再多训练一些"),
+    "overfitting": (lambda f: f.risen > 0.02 or f.gap > 1.25, "Learning by heart: held-out text was predicted best at step {f.best_step}, is {f.risen:.0%} worse now, and costs "
+                    "{f.gap:.1f} times as much as training text. Stop earlier (--epochs), use more text or a smaller model", "过拟合：训练文本越背越熟，新文本反而变差"),
+    "longer": (lambda f: f.fall > 0.05 and not f.gap > 1.1 and not f.above_floor < 0.03 and f.above < 1.05, "Still falling: the loss fell by {f.fall:.0%} in the second half, and new text costs hardly more than known text. Train longer", "损失仍在下降：再多训练一些"),
     "bigram": (lambda f: f.finished and f.exam > f.bigram, "Worse than counting pairs of characters: {f.exam:.2f} bits per character, a bigram needs {f.bigram:.2f}", "还不如二元统计"),
     "padding": (lambda f: f.padding > 0.2, "Share of padding {f.padding:.0%}: so much of the work is for nothing. --layout=nested has none", "填充过多，白算了"),
     "slow": (lambda f: f.slower > 0.4, "Slower: {f.slower:.0%} fewer tokens per second at the end than at the best. Another program, heat or a slow disk may be the reason", "速度下降"),
@@ -114,7 +116,7 @@ def finish_axes(axes, label, scale):
     axes.yaxis.set(major_locator=LogLocator(subs=(1, 1.5, 2, 3, 5, 7)), major_formatter="{x:g}", minor_formatter=NullFormatter())
 
 def draw_loss(axes, runs):
-    for run, color in zip(runs, COLORS):
+    for run, color in zip(runs, cycle(COLORS)):
         tokens, steps = ([line[name] for line in run.training] for name in ("tokens", "step"))
         loss, n = [line["train_bits_per_char"] for line in run.training], min(25, len(run.training))
         axes.plot(tokens, loss, color=color, linewidth=0.6, alpha=0.5)
@@ -129,12 +131,12 @@ def draw_loss(axes, runs):
     axes.legend(frameon=False)
 
 def draw_metric(axes, runs, name, label, scale="linear", line=None):
-    for run, color in zip(runs, COLORS): axes.plot([line["tokens"] for line in run.training], [line[name] for line in run.training], color=color, linewidth=1)
+    for run, color in zip(runs, cycle(COLORS)): axes.plot([line["tokens"] for line in run.training], [line[name] for line in run.training], color=color, linewidth=1)
     if line: axes.axhline(line, color="#888888", linestyle=":")
     finish_axes(axes, label, scale)
 
 def draw_ruler(axes, runs):
-    bars = {run.name: (run.exams[-1]["bits_per_char"], color) for run, color in zip(runs, COLORS) if run.exams}
+    bars = {run.name: (run.exams[-1]["bits_per_char"], color) for run, color in zip(runs, cycle(COLORS)) if run.exams}
     bars |= {name: (bits, "#888888") for name, bits in runs[0].settings.get("baselines", {}).items()}
     names = sorted(bars, key=lambda name: -bars[name][0])
     axes.bar_label(axes.barh(names, [bars[name][0] for name in names], color=[bars[name][1] for name in names]), fmt="%.2f", padding=3)

@@ -600,7 +600,7 @@ def kept_for_backward(run, step):   # bytes of activations of a micro-batch
     return sum(size for place, size in kept.items() if place not in weights)
 
 # %% ../nbs/08_ddp.ipynb #5cf33581
-def rehearse(run, seconds=3):   # (seconds of a step, an evaluation, sample texts and a checkpoint; MiB of activations)
+def rehearse(run, seconds=3):   # (seconds of a step, an evaluation, sample texts and a checkpoint; MiB at the peak, and of activations)
     "Do a little of all that a run does: the steps that need most memory, then others for a few seconds, evenly spread over the first epoch."
     documents, ranks, taken, n_targets, i = run.documents, run.ranks, 0.0, 0, 0
     lengths = documents.ends - documents.starts
@@ -610,7 +610,6 @@ def rehearse(run, seconds=3):   # (seconds of a step, an evaluation, sample text
         start, result = time.perf_counter(), work(*arguments)
         return ranks.sum(time.perf_counter() - start)[0] / ranks.world, result
     large = [max(range(len(groups)), key=lambda step: int(size(groups[step]))) for size in (torch.sum, torch.max)]
-    activations = max(kept_for_backward(run, step) for step in large) / 2**20
     for step in large: run.step(step, 0.5)
     while taken < seconds or i < 4:
         time_s, (_, _, n) = timed(run.step, int(len(groups) * (i * 0.618 % 1)), 0.5)
@@ -620,14 +619,14 @@ def rehearse(run, seconds=3):   # (seconds of a step, an evaluation, sample text
     with tempfile.TemporaryDirectory() as folder:
         run.checkpoints = Path(folder)
         parts = [timed(work, *arguments)[0] for work, *arguments in ((run.bits_per_char,), (run.texts,), (run.save, [], 0))]
-    mean_targets = run.options.batch_size * float((lengths - 1).double().mean())
-    return taken / n_targets * mean_targets, parts[0] * thin, *parts[1:], activations
+    mean_targets, peak = run.options.batch_size * float((lengths - 1).double().mean()), peak_mib(ranks.device)
+    return taken / n_targets * mean_targets, parts[0] * thin, *parts[1:], peak, max(kept_for_backward(run, step) for step in large) / 2**20
 
 # %% ../nbs/08_ddp.ipynb #3de0a9c5
 def plan(run):
     "Say what a run needs in memory, tokens, steps and time."
     options, weights, n_documents = run.options, list(run.model.parameters()), len(run.documents)
-    step, evaluation, texts, checkpoint, activations = rehearse(run)
+    step, evaluation, texts, checkpoint, peak, activations = rehearse(run)
     exams, saves = (1 / every if every else 0 for every in (options.eval_every, options.save_every))
     per_step = step + exams * (evaluation + texts) + saves * checkpoint
     n_steps = min(run.max_steps, max(1, round(options.minutes * 60 / per_step)) if options.minutes else math.inf)
@@ -638,7 +637,7 @@ def plan(run):
     epochs = n_steps * options.batch_size / n_documents
     if run.ranks.rank == 0: print(f"""parameters  {sum(w.numel() for w in weights):,} (by formula {count_by_formula(run.config):,})
 memory      of each of {run.ranks.world} processes: weights {weights_mib:.1f} MiB, gradients {weights_mib:.1f}, optimizer {optimizer_mib:.1f}, activations of the largest step {activations:.1f}
-            peak of this one so far, with Python and PyTorch: {peak_mib(run.ranks.device):.0f} MiB
+            at the peak, with Python and PyTorch: {peak:.0f} MiB
 data        {n_documents:,} pieces of {run.counts["documents"]:,} documents, {epoch_tokens:,} tokens per epoch
 steps       {n_steps:,} of {options.batch_size} documents: {epochs:.2f} epochs, {round(epochs * epoch_tokens):,} tokens
 time        about {timedelta(seconds=round(total))} once it has started: a step {step * 1000:.0f} ms, an evaluation {evaluation:.1f} s, sample texts {texts:.1f} s, a checkpoint {checkpoint:.2f} s""")
