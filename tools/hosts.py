@@ -84,6 +84,7 @@ class Hosts:
     def torchrun(self, host, *command, nnodes=2, meet="switch", run="run", restarts=0, **environment):
         "Start one process of a script under torchrun, which meets its fellows of the same `run` at port 29400 of `meet`."
         is_host = int(host == meet)
+        environment = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", **environment}   # else a host that joins later waits for an address that is not told again (PyTorch 2.13)
         return self.start(host, sys.executable, "-m", "torch.distributed.run", f"--nnodes={nnodes}", "--nproc-per-node=1", f"--max-restarts={restarts}",
                           "--rdzv-backend=c10d", f"--rdzv-id={run}", f"--rdzv-endpoint={self.address[meet]}:29400", f"--rdzv-conf=is_host={is_host},last_call_timeout=2,keep_alive_interval=1",
                           f"--local-addr={self.address[host]}", *command, **environment)
