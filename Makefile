@@ -34,6 +34,7 @@ $(OUT)/model.safetensors: | $(READY)
 run: $(OUT)/model.safetensors
 	@$(BIN)/python -c 'import json; print("$(OUT)/ holds a model trained on", *(r := json.load(open("$(OUT)/run.json", encoding="utf-8")))["data"], "\nheld-out bits per character:", ", ".join(f"{k} {v:.2f}" for k, v in r["bits_per_char"].items()))'
 	@$(BIN)/python minikl/generate.py --model_path=$(OUT) --prompt=一生一代一双人，
+	@$(BIN)/python minikl/report.py $(OUT)
 
 test: $(READY)
 	@$(BIN)/python -m pytest -q tests

@@ -292,9 +292,9 @@ def prepare(
 # %% ../nbs/08_ddp.ipynb #c065
 class Recorder:
     "What the first process writes while it runs: a progress bar, metrics.jsonl.running, samples.jsonl.running, and W&B. What the last finished run wrote stays."
-    def __init__(self, options, settings, lines=()):
+    def __init__(self, options, settings, lines=(), done=0):   # lines of metrics so far, share of the run that is done
         self.file, self.samples = (open(Path(options.out_dir) / f"{name}.jsonl.running", "w", encoding="utf-8") for name in ("metrics", "samples"))
-        self.bar = tqdm(total=100, bar_format="{l_bar}{bar}| {elapsed}<{remaining}{postfix}")
+        self.bar = tqdm(total=100, initial=100 * done, bar_format="{l_bar}{bar}| {elapsed}<{remaining}{postfix}")
         self.lines, self.shown, self.wandb = [], {}, None
         for line in lines: self.keep(line)
         if options.use_wandb: self.safely(self.start_wandb, options, settings)
@@ -527,7 +527,6 @@ def begin(self: Run):   # lines of metrics so far, or None where nothing is left
 def train(run, recorder, signals=()):   # the signal that stopped it, or None
     "Step until the steps or the minutes are used up, or one of `signals` has come. `recorder` is None on all processes but the first. All decide alike, from numbers they share."
     options, at, start = run.options, run.at, time.perf_counter() - run.at["elapsed"]
-    if recorder: recorder.bar.initial = 100 * run.progress()   # of a resumed run: else the time left would be too short
     progress, stopped, clock, due = run.progress(), 0, lambda: time.perf_counter() - start, lambda every: every and at["step"] % every == 0
     newest = lambda: max(run.checkpoints.glob("step-*"), default="none")
     while progress < 1 and not stopped:
@@ -675,7 +674,7 @@ def main(argv=None):
         run = Run(options, config, ranks)
         lines, stopped = plan(run) if options.plan else run.begin(), None
         if lines is not None:
-            recorder = Recorder(options, run.settings(), lines) if ranks.rank == 0 else None
+            recorder = Recorder(options, run.settings(), lines, run.progress()) if ranks.rank == 0 else None
             try:
                 stopped = train(run, recorder, stop_signals())
                 if not stopped: finish(run, recorder)
