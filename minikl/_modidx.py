@@ -251,5 +251,5 @@ d = { 'settings': { 'branch': 'main',
                                  'minikl.training.schedule': ('training.html#schedule', 'minikl/training.py'),
                                  'minikl.training.train_step': ('training.html#train_step', 'minikl/training.py'),
                                  'minikl.training.unpack': ('training.html#unpack', 'minikl/training.py'),
-                                 'minikl.training.whole': ('training.html#whole', 'minikl/training.py'),
+                                 'minikl.training.unsharded': ('training.html#unsharded', 'minikl/training.py'),
                                  'minikl.training.write_checkpoint': ('training.html#write_checkpoint', 'minikl/training.py')}}}
