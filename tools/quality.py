@@ -27,11 +27,12 @@ from torch.nn import functional as F
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import minikl.train
-from minikl.data import build_poetry, encode_documents, hash_fraction, read_jsonl
+from minikl.data import DATA, Documents, TokenFile, build_poetry, build_tokens, encode_documents, hash_fraction, read_jsonl
 from minikl.model import MiniKL
 from minikl.nested import Nested
 from minikl.tokenizer import BYTE_TOKENS, SPECIAL_TOKENS, Tokenizer, write_atomically
-from minikl.training import make_optimizers, schedule
+from minikl.train import Ranks, evaluate
+from minikl.training import Precision, make_optimizers, schedule
 
 OUT, MEASURED = ROOT / "out" / "quality", ROOT / "nbs" / "measured" / "quality.json"
 STEPS_PER_MINUTE = 1670 / 3   # of the default run, two processes on two quiet cores: 24,000 tokens/s
@@ -134,7 +135,7 @@ def measure_speed(options):
             if name.startswith("seed"): continue
             with patched(ARMS[name]) as arguments:
                 parsed = minikl.train.parse_options([*arguments, "--max_steps=1000", f"--out_dir={folder}"])
-                runs[name], seconds[name] = minikl.train.Run(*parsed, minikl.train.Ranks(1)), []
+                runs[name], seconds[name] = minikl.train.Run(*parsed, Ranks(1)), []
             runs[name].step(0, 0.01)   # memory is taken, and the optimizer gets its state
         for turn in range(options.turns):
             for name, run in runs.items():
@@ -188,13 +189,6 @@ def surprise(model, tokenizer, text):
     return [[tokenizer.decode([i]), round(bits, 2)] for i, bits in zip(ids[1:].tolist(), (nats / math.log(2)).tolist())]
 
 
-def bits(model, tokenizer, texts):
-    "Bits per character, ends included."
-    docs = [torch.tensor(ids) for ids in encode_documents(texts, tokenizer)[0]]
-    with torch.no_grad(): nats = sum(model.loss(Nested(docs[i:i + 32]))[0].item() for i in range(0, len(docs), 32))
-    return nats / math.log(2) / sum(map(len, texts))
-
-
 def summary(folder):
     "What a finished run was, and what came out: the numbers that the lesson draws."
     run, lines = (json.loads((folder / "run.json").read_text()), [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()])
@@ -212,22 +206,24 @@ def store(**parts):
 
 
 def collect(options):
-    "Gather the finished runs, the losses of three seeds, and the surprise of the default model at one unseen poem."
+    "Gather the finished runs, the losses of three seeds, and how much one unseen poem surprises the default model."
     runs = {}
     for path in sorted(OUT.glob("* min/*/run.json")): runs.setdefault(path.parent.parent.name, {})[path.parent.name] = summary(path.parent)
     parts = {"speed": {name: round(seconds, 4) for name, seconds in json.loads((OUT / "speed.json").read_text()).items()},
              **{f"runs, {minutes}": found for minutes, found in runs.items()}}
-    default, seeds = OUT / "3 min" / "default", [OUT / "3 min" / name for name in ("default", "seed 1", "seed 2")]
-    if all((seed / "metrics.jsonl").exists() for seed in seeds):
-        losses = [[line for line in map(json.loads, (seed / "metrics.jsonl").read_text().splitlines()) if "loss" in line] for seed in seeds]
-        parts["band"] = {"tokens": [line["tokens"] for line in losses[0]], "losses": [[round(line["loss"], 3) for line in lines] for lines in losses]}
+    for minutes, found in runs.items():   # the longest run of three seeds comes last
+        if found.keys() >= {"default", "seed 1", "seed 2"}:
+            losses = [[line for line in map(json.loads, (OUT / minutes / name / "metrics.jsonl").read_text().splitlines()) if "loss" in line] for name in ("default", "seed 1", "seed 2")]
+            parts["band"] = {"minutes": minutes, "steps": found["default"]["steps"], "tokens": [line["tokens"] for line in losses[0]],
+                             "losses": [[round(line["loss"], 3) for line in lines] for lines in losses]}
+    default = OUT / "3 min" / "default"
     if (default / "run.json").exists():
         tokenizer, run = Tokenizer.load(default / "vocab_dict.json"), json.loads((default / "run.json").read_text())
-        poem = next(text for text in read_jsonl(build_poetry().parent / "nalan.jsonl") if "人生若只如初见" in text)
-        held_out = [text for text in read_jsonl(build_poetry()) if hash_fraction(text) < 0.03]
-        seen = [text for text in read_jsonl(build_poetry()) if 0.03 <= hash_fraction(text) < 0.06]
-        model, n_tokens = MiniKL.load(default).eval(), sum(len(ids) - 1 for ids in encode_documents(held_out, tokenizer)[0])
-        parts |= {"poem": surprise(model, tokenizer, poem), "tokens_per_char": round(n_tokens / run["held_out_characters"], 4), "seen": round(bits(model, tokenizer, seen), 4),
+        poem = next(text for text in read_jsonl(build_poetry()) if text.startswith("一重山，两重山") and hash_fraction(text) < 0.03)
+        file, model = TokenFile(build_tokens(build_poetry(), tokenizer, DATA / "cache")), MiniKL.load(default).eval()
+        held_out, seen = (Documents(file, ((low <= file.fractions) & (file.fractions < low + 0.03)).nonzero().flatten(), model.config.max_seq_len) for low in (0, 0.03))
+        parts |= {"poem": surprise(model, tokenizer, poem), "tokens_per_char": round(sum(len(doc) - 1 for doc in held_out) / held_out.n_chars, 4),
+                  "seen": round(evaluate(model, seen, Nested, Precision("fp32"), Ranks(1)), 4),
                   "baselines": {name: round(bits, 4) for name, bits in run["bits_per_char"].items() if name != "MiniKL"}}
     store(**parts)
     print(f"{MEASURED.relative_to(ROOT)}: " + ", ".join(f"{name} {list(part) if name.startswith('runs') else ''}" for name, part in parts.items()))
