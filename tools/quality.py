@@ -1,7 +1,7 @@
-"""Which change bought what: arms that differ in one thing, each trained for as many steps as fit into three minutes.
+"""Which change bought what: arms that differ in one thing, each trained for as many steps as fit into the same minutes.
 
     python tools/quality.py speed                processor time of a step, all arms in turns (5 minutes of one core)
-    python tools/quality.py train [ARM …]        train arms that are not trained yet (6 minutes of one core each)
+    python tools/quality.py train [ARM …]        train arms that are not trained yet (6 minutes of one core each; --minutes=1: 2)
     python tools/quality.py collect              write what was measured to nbs/measured/quality.json
 
 Runs lie in out/quality/; one that was interrupted is gone on with.
@@ -160,7 +160,7 @@ def folder_of(name, minutes, lr=0): return OUT / f"{minutes:g} min" / (f"{name} 
 
 
 def train_arm(options):
-    "Train one arm in this process. Two of them are evaluated on the way, too, which counts no minutes."
+    "Train one arm in this process. Three of them are evaluated on the way, too, which counts no minutes."
     (name,) = options.arms
     n_steps = n_steps_of(name, options.minutes)
     curve = [f"--eval_every={math.ceil(n_steps / 6)}"] if name in CURVES and options.minutes == 3 else []
