@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['RECIPE', 'SHOWN', 'FREE', 'MENDING', 'Ranks', 'share', 'Objective', 'shard', 'evaluate', 'option', 'TrainConfig',
            'truth', 'parse_options', 'check', 'splits', 'baselines', 'find_data', 'prepare', 'Recorder', 'plot_run',
-           'compile_blocks', 'Pool', 'Run', 'train', 'finish', 'peak_mib', 'kept_for_backward', 'rehearse', 'plan',
-           'stop_signals', 'plain_words', 'main']
+           'compile_blocks', 'Pool', 'Run', 'train', 'finish', 'process_peak_mib', 'held', 'kept_for_backward',
+           'rehearse', 'plan', 'stop_signals', 'plain_words', 'main']
 
 # %% ../nbs/08_ddp.ipynb #c003
 import argparse
@@ -33,6 +33,7 @@ import torch.distributed as dist
 from fastcore.basics import patch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
@@ -474,7 +475,7 @@ def beginnings(self: Run):   # lists of token ids
 @patch
 def texts(self: Run, n_tokens=64):   # list of {"step": …, "prompt": …, "text": …}, empty on all processes but the first
     "Continue the beginnings. Where the model is sharded nobody holds all of it, and there are no texts."
-    if self.ranks.rank or not self.prompts or hasattr(self.model.embed.weight, "full_tensor"): return []
+    if self.ranks.rank or not self.prompts or (self.options.shard and self.ranks.world > 1): return []
     import minikl.generate
     start, decode, seeds = time.perf_counter(), self.tokenizer.decode, range(len(self.prompts))
     steps = minikl.generate.generate_batch(self.model, self.prompts, n_tokens, self.tokenizer.special.get("</s>"), seeds, temperature=0.8, top_p=0.95)
@@ -582,15 +583,17 @@ def finish(
     return result
 
 # %% ../nbs/08_ddp.ipynb #2cbc7819
-def peak_mib(device):
+def process_peak_mib(device):
     "The most memory that this process has held so far: on a GPU what PyTorch took there, else resident memory."
     if device.type == "cuda": return torch.cuda.max_memory_allocated(device) / 2**20
     try: return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 2**10
     except OSError: return math.nan   # not Linux
 
+def held(tensor): return tensor.to_local() if isinstance(tensor, DTensor) else tensor   # what this process has of it
+
 def kept_for_backward(run, step):   # bytes of activations of a micro-batch
     "What autograd keeps for the backward pass: each storage counted once, and none of the weights."
-    kept, weights = {}, {weight.untyped_storage().data_ptr() for weight in run.model.parameters()}
+    kept, weights = {}, {held(weight).untyped_storage().data_ptr() for weight in run.model.parameters()}
     def count(tensor):
         kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         return tensor
@@ -618,7 +621,7 @@ def rehearse(run, seconds=3):   # (seconds of a step, an evaluation, sample text
     with tempfile.TemporaryDirectory() as folder:
         run.checkpoints = Path(folder)
         parts = [timed(work, *arguments)[0] for work, *arguments in ((run.bits_per_char,), (run.texts,), (run.save, [], 0))]
-    mean_targets, peak = run.options.batch_size * float((lengths - 1).double().mean()), peak_mib(ranks.device)
+    mean_targets, peak = run.options.batch_size * float((lengths - 1).double().mean()), process_peak_mib(ranks.device)
     return taken / n_targets * mean_targets, parts[0] * thin, *parts[1:], peak, max(kept_for_backward(run, step) for step in large) / 2**20
 
 # %% ../nbs/08_ddp.ipynb #3de0a9c5
@@ -630,7 +633,7 @@ def plan(run):
     per_step = step + exams * (evaluation + texts) + saves * checkpoint
     n_steps = min(run.max_steps, max(1, round(options.minutes * 60 / per_step)) if options.minutes else math.inf)
     total = n_steps * per_step + evaluation + texts + checkpoint
-    weights_mib, optimizer_mib = (sum(tensor.nbytes for tensor in tensors) / 2**20 for tensors in
+    weights_mib, optimizer_mib = (sum(held(tensor).nbytes for tensor in tensors) / 2**20 for tensors in
                                   (weights, [tensor for o in run.optimizers for kept in o.state.values() for tensor in kept.values()]))
     epoch_tokens = int((run.documents.ends - run.documents.starts - 1).sum())
     epochs = n_steps * options.batch_size / n_documents

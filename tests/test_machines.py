@@ -14,7 +14,7 @@ sys.path.insert(0, str(ROOT / "tools"))
 from hosts import Hosts, impossible
 
 SHAPE = ["--d_model=32", "--num_heads=2", "--num_kv_heads=2", "--num_layers=2", "--max_seq_len=64", "--threads=1", "--batch_size=8", "--log_every=1", "--max_steps=20"]
-TINY = [*SHAPE, "--corpus=toy", "--vocab_size=400", "--tie_embeddings"]
+TINY = [*SHAPE, "--corpus=toy", "--vocab_size=400", "--tie_embeddings", "--eval_every=9"]
 
 
 @pytest.fixture(scope="module")

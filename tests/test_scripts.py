@@ -80,8 +80,9 @@ def test_mixed_precision_trains_on_cpu(dtype, tmp_path, python):
     assert losses(tmp_path)[-1] < 0.8 * losses(tmp_path)[0]
 
 
-def test_plan_measures_on_all_processes_and_writes_nothing(tmp_path, torchrun):
-    done = torchrun("minikl/train.py", *TINY, "--corpus=toy", "--minutes=60", "--max_steps=40", "--plan", f"--out_dir={tmp_path}/out")
+@pytest.mark.parametrize("more", [(), ("--shard",)])
+def test_plan_measures_on_all_processes_and_writes_nothing(more, tmp_path, torchrun):
+    done = torchrun("minikl/train.py", *TINY, *more, "--corpus=toy", "--minutes=60", "--max_steps=40", "--plan", f"--out_dir={tmp_path}/out")
     assert done.returncode == 0 and done.stdout.count("parameters") == 1, done.stdout + done.stderr
     assert "of each of 2 processes" in done.stdout and "40 of 32 documents" in done.stdout
     assert not list(tmp_path.iterdir())
