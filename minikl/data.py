@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['DATA', 'TEXT_FIELDS', 'ZSTD', 'CHAT_MARKERS', 'COLUMNS', 'TOY_GRAMMAR', 'POETRY', 'POETRY_SHA256', 'COLLECTIONS',
            'CORPORA', 'record_text', 'needed', 'numbered_lines', 'listed', 'read_jsonl', 'hash_fraction', 'file_sha256',
-           'fingerprint', 'building', 'encode_documents', 'write_columns', 'build_tokens', 'TokenFile', 'Documents',
-           'shuffled', 'bigram_bits_per_char', 'xz_bits_per_char', 'toy_corpus', 'toy_floor', 'build_corpus',
-           'build_toy', 'npm_pack', 'fetch_poetry', 'poems', 'build_poetry', 'scenes', 'build_shakespeare',
-           'one_line_errors', 'OneLineParser']
+           'fingerprint', 'building', 'encode_documents', 'encode_prompt', 'write_columns', 'build_tokens', 'TokenFile',
+           'Documents', 'shuffled', 'bigram_bits_per_char', 'xz_bits_per_char', 'toy_corpus', 'toy_floor',
+           'build_corpus', 'build_toy', 'npm_pack', 'fetch_poetry', 'poems', 'build_poetry', 'scenes',
+           'build_shakespeare', 'one_line_errors', 'OneLineParser']
 
 # %% ../nbs/02_data.ipynb #c003
 import argparse
@@ -149,6 +149,10 @@ def encode_documents(
     docs = [[*first, *ids, *last] for ids in tokenizer.encode_batch(texts, allowed_special=markers)]
     return docs, [len(text) - sum(len(marker) * text.count(marker) for marker in markers) for text in texts]
 
+def encode_prompt(text, tokenizer):   # list of int
+    "Ids of a text that is to be continued: as a document begins, but without an end. Chat markers stay text."
+    return [*([tokenizer.special["<s>"]] if "<s>" in tokenizer.special else []), *tokenizer.encode(text)]
+
 # %% ../nbs/02_data.ipynb #c037g
 COLUMNS = {"tokens": ("i", torch.int32), "ends": ("q", torch.int64), "n_chars": ("q", torch.int64), "fractions": ("d", torch.float64)}
 
@@ -244,6 +248,8 @@ class Documents:
     def __len__(self): return len(self.starts)
 
     def here(self, i): return 0 <= self.starts[i] < len(self.tokens)   # else another host has it (lesson 08)
+
+    def at_hand(self): return [i for i in range(len(self)) if self.here(i)]
 
     def __getitem__(self, i): return self.tokens[self.starts[i]:self.ends[i]].long()
 

@@ -17,7 +17,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from minikl.attention import KVCache
-from minikl.data import OneLineParser, one_line_errors
+from minikl.data import OneLineParser, encode_prompt, one_line_errors
 from minikl.model import MiniKL
 from minikl.tokenizer import Tokenizer
 
@@ -154,8 +154,7 @@ def load(options):
 # %% ../nbs/09_generate.ipynb #c064c
 def write_samples(model, tokenizer, options, prompts, group=16):
     "Print every sample of every prompt: the first of a group as it grows, the others when their turn comes."
-    start = [tokenizer.special["<s>"]] if "<s>" in tokenizer.special else []
-    def begin(jobs): return generate_batch(model, [start + tokenizer.encode(prompt) for prompt, _ in jobs], options.max_new_tokens, tokenizer.special.get("</s>"),
+    def begin(jobs): return generate_batch(model, [encode_prompt(prompt, tokenizer) for prompt, _ in jobs], options.max_new_tokens, tokenizer.special.get("</s>"),
         [seed for _, seed in jobs], temperature=options.temperature, top_k=options.top_k, top_p=options.top_p, min_p=options.min_p)
     jobs = [(prompt, options.seed + i) for prompt in prompts for i in range(options.num_samples)]
     groups = [jobs[i:i + group] for i in range(0, len(jobs), group)]

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['RECIPE', 'SHOWN', 'FREE', 'MENDING', 'Ranks', 'share', 'Objective', 'shard', 'evaluate', 'option', 'TrainConfig',
            'truth', 'parse_options', 'check', 'splits', 'baselines', 'find_data', 'prepare', 'Recorder', 'plot_run',
-           'compile_blocks', 'Pool', 'Run', 'train', 'finish', 'process_peak_mib', 'held', 'kept_for_backward',
-           'rehearse', 'plan', 'stop_signals', 'plain_words', 'main']
+           'compile_blocks', 'Pool', 'Run', 'train', 'finish', 'process_peak_mib', 'kept_for_backward', 'rehearse',
+           'plan', 'stop_signals', 'plain_words', 'main']
 
 # %% ../nbs/08_ddp.ipynb #c003
 import argparse
@@ -33,17 +33,16 @@ import torch.distributed as dist
 from fastcore.basics import patch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from minikl.data import (CORPORA, DATA, Documents, OneLineParser, TokenFile, bigram_bits_per_char, build_tokens, build_toy, fingerprint,
-                         hash_fraction, one_line_errors, read_jsonl, shuffled, toy_floor, xz_bits_per_char)
+from minikl.data import (CORPORA, DATA, Documents, OneLineParser, TokenFile, bigram_bits_per_char, build_tokens, build_toy, encode_prompt,
+                         fingerprint, hash_fraction, one_line_errors, read_jsonl, shuffled, toy_floor, xz_bits_per_char)
 from minikl.model import MiniKL, MiniKLConfig, count_by_formula
 from minikl.nested import LAYOUTS
 from minikl.tokenizer import Tokenizer, write_atomically
-from minikl.training import Precision, gather, make_optimizers, pack, read_checkpoint, schedule, train_step, unpack, write_checkpoint
+from minikl.training import Precision, gather, local, make_optimizers, pack, read_checkpoint, schedule, train_step, unpack, write_checkpoint
 
 # %% ../nbs/08_ddp.ipynb #c025
 class Ranks:
@@ -141,7 +140,7 @@ def evaluate(
 ):               # bits per character, ends of text included
     "Bits that the model needs per character of text it has not seen: comparable between tokenizers, unlike loss per token."
     model.eval()
-    mine, nats = [i for i in range(len(documents)) if documents.here(i)][ranks.mates.index(ranks.rank)::len(ranks.mates)], 0.0
+    mine, nats = documents.at_hand()[ranks.mates.index(ranks.rank)::len(ranks.mates)], 0.0
     for first in range(0, max(ranks.all(len(mine))), size):   # who has none left keeps the others company: a sharded model needs all ranks
         batch = layout([documents[i] for i in mine[first:first + size]] or [torch.zeros(1, dtype=torch.long)]).to(ranks.device)
         with precision.autocast(): nats += float(model.loss(batch)[0])
@@ -427,21 +426,26 @@ class Run:
 
 # %% ../nbs/08_ddp.ipynb #c074
 @patch
+def parts(self: Run, step):   # (micro-batches of this process, targets in the whole step)
+    "This process's share of the documents of a step."
+    options, ranks, drawn = self.options, self.ranks, self.documents.draw(step, self.options.batch_size, self.options.seed)
+    n_targets = max(1, int((self.documents.ends[drawn] - self.documents.starts[drawn] - 1).sum()))   # the same on every process: all know the whole step
+    docs, n_parts = [self.documents[i] for i in drawn if self.documents.here(i)], len(ranks.mates) * options.grad_accum
+    docs += [torch.zeros(1, dtype=torch.long)] * (n_parts - len(docs))   # of a host that has too few of this step's documents: no targets
+    return [self.layout(part).to(ranks.device) for part in share(docs, ranks.mates.index(ranks.rank), len(ranks.mates), options.grad_accum)], n_targets
+
+@patch
 def step(
     self: Run,
     step,      # 0, 1, 2, …
     progress,  # share of the run that is done: 0 … 1
 ):             # (summed loss of this process, norm of the gradient, targets in the whole step)
     "Take this process's share of the documents of a step, and learn from it."
-    options, ranks, factor = self.options, self.ranks, schedule(progress, self.options.warmup)
+    options, factor = self.options, schedule(progress, self.options.warmup)
     for group in [g for o in self.optimizers for g in o.param_groups]: group["lr"] = factor * group["peak_lr"]
-    drawn = self.documents.draw(step, options.batch_size, options.seed)
-    n_targets = max(1, int((self.documents.ends[drawn] - self.documents.starts[drawn] - 1).sum()))   # the same on every process: all know the whole step
-    docs, n_parts = [self.documents[i] for i in drawn if self.documents.here(i)], len(ranks.mates) * options.grad_accum
-    docs += [torch.zeros(1, dtype=torch.long)] * (n_parts - len(docs))   # of a host that has too few of this step's documents: no targets
-    parts = [self.layout(part).to(ranks.device) for part in share(docs, ranks.mates.index(ranks.rank), len(ranks.mates), options.grad_accum)]
+    parts, n_targets = self.parts(step)
     self.spare = sum(part.ids.numel() - sum(part.lengths) for part in parts)   # positions of this process that hold no token
-    total, norm = train_step(self.loss, parts, self.model, self.optimizers, self.precision, n_targets, ranks.world, options.clip)
+    total, norm = train_step(self.loss, parts, self.model, self.optimizers, self.precision, n_targets, self.ranks.world, options.clip)
     return total, norm, n_targets
 
 # %% ../nbs/08_ddp.ipynb #c076
@@ -465,9 +469,10 @@ def settings(self: Run):
 @patch
 def beginnings(self: Run):   # lists of token ids
     "What sample texts begin with: --sample_prompts, or the first few tokens of three held-out documents."
-    decode, docs = self.tokenizer.decode, [self.held_out[i].tolist() for i in range(0, len(self.held_out), math.ceil(len(self.held_out) / 3))]
+    decode, mine = self.tokenizer.decode, self.held_out.at_hand()
+    docs = [self.held_out[i].tolist() for i in mine[::max(1, math.ceil(len(mine) / 3))]]
     texts = self.options.sample_prompts or [decode(doc[:min(6, 1 + len(doc) // 2)]).rstrip("�") for doc in docs]   # without half a character
-    found = [[*([self.tokenizer.special["<s>"]] if "<s>" in self.tokenizer.special else []), *self.tokenizer.encode(text)] for text in texts]
+    found = [encode_prompt(text, self.tokenizer) for text in texts]
     for text, ids in zip(self.options.sample_prompts, found):
         if not 0 < len(ids) < self.config.max_seq_len: raise ValueError(f"--sample_prompts: {text!r} has {len(ids)} tokens; expected 1 to {self.config.max_seq_len - 1}")
     return [ids for ids in found if 0 < len(ids) < self.config.max_seq_len]
@@ -589,16 +594,14 @@ def process_peak_mib(device):
     try: return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 2**10
     except OSError: return math.nan   # not Linux
 
-def held(tensor): return tensor.to_local() if isinstance(tensor, DTensor) else tensor   # what this process has of it
-
 def kept_for_backward(run, step):   # bytes of activations of a micro-batch
     "What autograd keeps for the backward pass: each storage counted once, and none of the weights."
-    kept, weights = {}, {held(weight).untyped_storage().data_ptr() for weight in run.model.parameters()}
+    kept, weights = {}, {local(weight).untyped_storage().data_ptr() for weight in run.model.parameters()}
     def count(tensor):
         kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         return tensor
-    docs = share(run.documents.batch(step, run.options.batch_size, run.options.seed), run.ranks.rank, run.ranks.world, run.options.grad_accum)[0]
-    with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor), run.precision.autocast(): alive = run.model.loss(run.layout(docs).to(run.ranks.device))
+    batch = run.parts(step)[0][0]
+    with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor), run.precision.autocast(): alive = run.model.loss(batch)
     return sum(size for place, size in kept.items() if place not in weights)
 
 # %% ../nbs/08_ddp.ipynb #5cf33581
@@ -633,7 +636,7 @@ def plan(run):
     per_step = step + exams * (evaluation + texts) + saves * checkpoint
     n_steps = min(run.max_steps, max(1, round(options.minutes * 60 / per_step)) if options.minutes else math.inf)
     total = n_steps * per_step + evaluation + texts + checkpoint
-    weights_mib, optimizer_mib = (sum(held(tensor).nbytes for tensor in tensors) / 2**20 for tensors in
+    weights_mib, optimizer_mib = (sum(local(tensor).nbytes for tensor in tensors) / 2**20 for tensors in
                                   (weights, [tensor for o in run.optimizers for kept in o.state.values() for tensor in kept.values()]))
     epoch_tokens = int((run.documents.ends - run.documents.starts - 1).sum())
     epochs = n_steps * options.batch_size / n_documents

@@ -30,6 +30,7 @@ import minikl.train
 from minikl.data import DATA, Documents, TokenFile, build_poetry, build_tokens, encode_documents, hash_fraction, read_jsonl
 from minikl.model import MiniKL
 from minikl.nested import Nested
+from minikl.report import json_lines
 from minikl.tokenizer import BYTE_TOKENS, SPECIAL_TOKENS, Tokenizer, write_atomically
 from minikl.train import Ranks, evaluate
 from minikl.training import Precision, make_optimizers, schedule
@@ -191,7 +192,7 @@ def surprise(model, tokenizer, text):
 
 def summary(folder):
     "What a finished run was, and what came out: the numbers that the lesson draws."
-    run, lines = (json.loads((folder / "run.json").read_text()), [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()])
+    run, lines = json.loads((folder / "run.json").read_text()), json_lines(folder / "metrics.jsonl")
     losses = [line for line in lines if "loss" in line]
     return {"steps": losses[-1]["step"], "tokens": losses[-1]["tokens"], "parameters": run["parameters"], "bits_per_char": round(run["bits_per_char"]["MiniKL"], 4),
             "loss": round(sum(line["loss"] for line in losses[-5:]) / len(losses[-5:]), 4),
@@ -213,7 +214,7 @@ def collect(options):
              **{f"runs, {minutes}": found for minutes, found in runs.items()}}
     for minutes, found in runs.items():   # the longest run of three seeds comes last
         if found.keys() >= {"default", "seed 1", "seed 2"}:
-            losses = [[line for line in map(json.loads, (OUT / minutes / name / "metrics.jsonl").read_text().splitlines()) if "loss" in line] for name in ("default", "seed 1", "seed 2")]
+            losses = [[line for line in json_lines(OUT / minutes / name / "metrics.jsonl") if "loss" in line] for name in ("default", "seed 1", "seed 2")]
             parts["band"] = {"minutes": minutes, "steps": found["default"]["steps"], "tokens": [line["tokens"] for line in losses[0]],
                              "losses": [[round(line["loss"], 3) for line in lines] for lines in losses]}
     default = OUT / "3 min" / "default"
