@@ -38,6 +38,7 @@ class Attention(nn.Module):
         num_heads,     # query heads, each d_model / num_heads wide
         num_kv_heads,  # key and value heads: num_heads is MHA, 1 is MQA, between is GQA
         qk_norm=False,  # normalise queries and keys, head by head. Henry et al. 2020, arXiv:2010.04245
+        norm_eps=1e-5,  # keeps that from dividing by zero
     ):
         super().__init__()
         self.d_head = d_model // num_heads
@@ -46,7 +47,7 @@ class Attention(nn.Module):
         self.w_v = nn.Linear(d_model, num_kv_heads * self.d_head, bias=False)
         self.w_o = nn.Linear(d_model, d_model, bias=False)
         self.qk_norm = qk_norm
-        if qk_norm: self.q_norm, self.k_norm = (nn.RMSNorm(self.d_head, eps=1e-5) for _ in "qk")
+        if qk_norm: self.q_norm, self.k_norm = (nn.RMSNorm(self.d_head, eps=norm_eps) for _ in "qk")
 
     def forward(
         self,

@@ -84,7 +84,7 @@ class Block(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.attention_norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
-        self.attention = Attention(config.d_model, config.num_heads, config.num_kv_heads, config.qk_norm)
+        self.attention = Attention(config.d_model, config.num_heads, config.num_kv_heads, config.qk_norm, config.norm_eps)
         self.ffn_norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
         self.ffn = (GLU if config.ffn == "GLU" else FFN)(config)
 
@@ -146,15 +146,16 @@ class ChunkedCrossEntropy(torch.autograd.Function):
             if not with_gradients: continue
             real = (wanted != IGNORE)[:, None]
             p.exp_().scatter_add_(1, wanted.clamp(min=0)[:, None], -torch.ones_like(p[:, :1]))   # p minus one-hot
-            d_x.copy_((p @ weight) * real)
-            d_weight += p.T @ (x * real)
+            torch.mul(p @ weight, real, out=d_x)
+            if torch.is_autocast_enabled(x.device.type): d_weight += p.T @ (x * real)   # narrow products, summed in float32
+            else: torch.addmm(d_weight, p.T, x * real, out=d_weight)                    # multiplied and added in one go
             del p   # before the next chunk takes its place
         ctx.save_for_backward(d_hidden, d_weight)
         return total
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, d_total): return *(d_total * gradient for gradient in ctx.saved_tensors), None, None
+    def backward(ctx, d_total): return *(gradient.mul_(d_total) for gradient in ctx.saved_tensors), None, None
 
 # %% ../nbs/06_model.ipynb #c042
 @patch

@@ -93,7 +93,8 @@ class Nested(Layout):
 
     def attend(self, q, k, v):
         sizes = [n_docs * length for n_docs, length in self.groups]
-        parts = zip(self.groups, q.split(sizes), k.split(sizes), v.split(sizes))
+        cut = lambda x: x.split(sizes) if len(sizes) > 1 else [x]   # backward through `split` copies
+        parts = zip(self.groups, cut(q), cut(k), cut(v))
         mixed = [causal_attention(*(x.unflatten(0, group) for x in qkv)).flatten(0, 1) for group, *qkv in parts]
         return torch.cat(mixed) if len(mixed) > 1 else mixed[0]
 

@@ -99,15 +99,14 @@ def training_arms(ours, theirs, docs, compiled=False):
 
 
 def matmul_arm(config, n_tokens):
-    "Nothing but the products of all linear layers, forward and backward, on tensors that are already there: (arm, FLOPs)."
+    "Nothing but the products of all linear layers, first to last and back, each on tensors of its own that are already there: (arm, FLOPs)."
     kv = config.num_kv_heads * config.d_head
     inside = [(config.d_model, config.d_model)] * 2 + [(config.d_model, kv)] * 2 + [(config.d_model, config.d_ff)] * 2 + [(config.d_ff, config.d_model)]
     shapes = inside * config.num_layers + [(config.d_model, config.vocab_size)]
-    tensors = {shape: (torch.randn(n_tokens, shape[0]), torch.randn(shape[1], shape[0]), torch.randn(n_tokens, shape[1])) for shape in shapes}
+    tensors = [(torch.randn(n_tokens, rows), torch.randn(columns, rows), torch.randn(n_tokens, columns)) for rows, columns in shapes]
     def arm():
-        for shape in shapes:
-            x, weight, gradient = tensors[shape]
-            x @ weight.T, gradient @ weight, gradient.T @ x
+        for x, weight, _ in tensors: x @ weight.T
+        for x, weight, gradient in reversed(tensors): gradient @ weight, gradient.T @ x
     return arm, sum(6 * n_tokens * rows * columns for rows, columns in shapes)
 
 
