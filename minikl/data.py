@@ -247,7 +247,7 @@ class Documents:
 
     def __len__(self): return len(self.starts)
 
-    def here(self, i): return 0 <= self.starts[i] < len(self.tokens)   # else another host has it (lesson 08)
+    def here(self, i): return 0 <= self.starts[i] < len(self.tokens)   # else another host has it (lesson 08b)
 
     def at_hand(self): return [i for i in range(len(self)) if self.here(i)]
 

@@ -1,6 +1,6 @@
 """The scripts as people call them: from a shell, with whatever they have.
 
-Lesson 08 itself runs the scripts in every way, interrupts them and makes the usual mistakes; here is what no lesson needs.
+Lesson 08b itself runs the scripts in every way, interrupts them and makes the usual mistakes; here is what no lesson needs.
 """
 import json
 import os

@@ -32,7 +32,7 @@ from minikl.model import MiniKL
 from minikl.nested import Nested
 from minikl.report import json_lines
 from minikl.tokenizer import BYTE_TOKENS, SPECIAL_TOKENS, Tokenizer, write_atomically
-from minikl.train import Ranks, evaluate
+from minikl.parallel import Ranks, evaluate
 from minikl.training import Precision, make_optimizers, schedule
 
 OUT, MEASURED = ROOT / "out" / "quality", ROOT / "nbs" / "measured" / "quality.json"

@@ -34,18 +34,19 @@ def ratio(seconds, slow, fast):
 
 
 def report(
-    title,     # what was done
-    seconds,   # from `race`
-    baseline,  # the arm, or arms, that the ratio refers to: the fastest of them counts
-    amount,    # how much of `unit` an arm did in one turn
+    title,      # what was done
+    seconds,    # from `race`
+    baselines,  # {column: arm}, the arms to compare with
+    amount,     # how much of `unit` an arm did in one turn
     unit="tokens",
-):             # ratio of the first arm to the baseline
-    "Print one line per arm. The ratio of an arm is the baseline's time divided by its own, median over turns."
-    baseline = min((name for name in seconds if name in baseline), key=lambda name: median(seconds[name]))
-    print(f"\n{title} (ratio to: {baseline})\n{'':28}{'ms':>9}{unit + '/s':>14}{'ratio':>8}")
+):
+    "Print one line per arm. A ratio is the baseline's time divided by the arm's own, median over turns."
+    width = 2 + max(map(len, baselines))
+    columns = "".join(f"{column:>{width}}" for column in baselines)
+    print(f"\n{title}\n{'':54}times as fast as\n{'':30}{'ms':>8}{unit + '/s':>12}{columns}")
     for name, turns in seconds.items():
-        print(f"{name:28}{1000 * median(turns):>9,.0f}{amount / median(turns):>14,.0f}{ratio(seconds, baseline, name):>8.2f}")
-    return ratio(seconds, baseline, next(iter(seconds)))
+        ratios = "".join(f"{ratio(seconds, baseline, name):>{width}.2f}" for baseline in baselines.values())
+        print(f"{name:30}{1000 * median(turns):>8,.0f}{amount / median(turns):>12,.0f}{ratios}")
 
 
 def llama_pair(config):
@@ -124,7 +125,7 @@ def llama(options):
     torch.manual_seed(0)
     ours, theirs = llama_pair(config)
     print(f"transformers {transformers.__version__}; d_model {config.d_model}, {config.num_layers} layers, vocabulary {config.vocab_size}")
-    baseline = list(theirs)
+    baselines = {name.split(", ")[1]: name for name in theirs}
 
     docs = random_docs([length] * n_docs, config.vocab_size)
     arms = training_arms(ours, theirs, docs, options.compile)
@@ -132,7 +133,7 @@ def llama(options):
     seconds = race({**arms, "matrix products alone": products}, options.repeats)
     results = {"full length": {name: 1000 * median(turns) for name, turns in seconds.items()}}
     alone = seconds.pop("matrix products alone")
-    report(f"Training step, {n_docs} documents of {length} tokens", seconds, baseline, n_docs * length)
+    report(f"Training step, {n_docs} documents of {length} tokens", seconds, baselines, n_docs * length)
     print(f"matrix products of the linear layers alone: {1000 * median(alone):,.0f} ms, {flops / median(alone) / 1e9:,.0f} GFLOP/s; "
           "share of a step: " + ", ".join(f"{name} {median(a / b for a, b in zip(alone, seconds[name])):.0%}" for name in seconds))
     attention = 6 * config.num_layers * n_docs * length**2 * config.d_model   # two products, forward and twice that backward, the causal half of each
@@ -142,7 +143,7 @@ def llama(options):
     lengths = zipf_lengths(n_docs * 4, length)
     docs = random_docs(lengths, config.vocab_size)
     seconds = race(training_arms(ours, theirs, docs), options.repeats)
-    report(f"Training step, {len(docs)} documents of 1 … {max(lengths)} tokens, {len(docs) * max(lengths) / sum(lengths):.1f} padded for each real one", seconds, baseline, sum(lengths))
+    report(f"Training step, {len(docs)} documents of 1 … {max(lengths)} tokens, {len(docs) * max(lengths) / sum(lengths):.1f} padded for each real one", seconds, baselines, sum(lengths))
 
     prompt, n_new = random_docs([32], config.vocab_size)[0], 32 if options.quick else 128
     llama_arm = lambda model: model.generate(prompt[None], do_sample=False, eos_token_id=None, max_new_tokens=n_new)[0, 32:].tolist()
@@ -150,7 +151,7 @@ def llama(options):
             **{name: lambda model=model.eval(): llama_arm(model) for name, model in theirs.items()}}
     if len({tuple(arm()) for arm in arms.values()}) > 1: raise ValueError("greedy generation differs")
     results["generation"] = race(arms, options.repeats)
-    report(f"Greedy generation, 32 + {n_new} tokens, with cache", results["generation"], baseline, n_new)
+    report(f"Greedy generation, 32 + {n_new} tokens, with cache", results["generation"], baselines, n_new)
     return results
 
 
@@ -183,7 +184,7 @@ def tokenizer(options):
     seconds = race(arms, min(options.repeats, 5))
     ours = trained["minikl"]
     print(f"tokenizers {hf.__version__}; {n_mb:.1f} MB of text, {len(alphabet):,} characters, {len(ours.merges):,} merges")
-    report("Training", seconds, ["tokenizers.BpeTrainer"], 1000 * n_mb, "KB")
+    report("Training", seconds, {"BpeTrainer": "tokenizers.BpeTrainer"}, 1000 * n_mb, "KB")
 
     theirs = cut(hf.Tokenizer(hf.models.BPE(vocab=ours.vocab, merges=[tuple(ours.tokens[ord(part)] for part in pair) for pair in ours.merges])))
     if [encoding.ids for encoding in theirs.encode_batch(texts)] != ours.encode_batch(texts): raise ValueError("the ids differ")
@@ -194,7 +195,7 @@ def tokenizer(options):
         bytewise = tiktoken.Encoding("rustbpe", pat_str=SPLIT.pattern, special_tokens={}, mergeable_ranks=ranks)
         arms["tiktoken, from bytes"] = lambda: bytewise.encode_ordinary_batch(texts, num_threads=options.threads)
     seconds = race(arms, options.repeats)
-    report("Encoding, same ids as tokenizers", seconds, ["tokenizers, encode_batch", "tokenizers, encode_batch_fast"], 1000 * n_mb, "KB")
+    report("Encoding, same ids as tokenizers", seconds, {name: f"tokenizers, {name}" for name in ("encode_batch", "encode_batch_fast")}, 1000 * n_mb, "KB")
 
 
 COMMANDS = {"tokenizer": tokenizer, "llama": llama}
