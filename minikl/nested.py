@@ -92,11 +92,10 @@ class Nested(Layout):
         self.offsets = torch.tensor([0, *accumulate(self.lengths)])   # where each document begins, and where the last one ends
 
     def attend(self, q, k, v):
+        def mix(group, *qkv): return causal_attention(*(x.unflatten(0, group) for x in qkv)).flatten(0, 1)
+        if len(self.groups) == 1: return mix(self.groups[0], q, k, v)   # `cat`, and the way back through `split`, would copy
         sizes = [n_docs * length for n_docs, length in self.groups]
-        cut = lambda x: x.split(sizes) if len(sizes) > 1 else [x]   # backward through `split` copies
-        parts = zip(self.groups, cut(q), cut(k), cut(v))
-        mixed = [causal_attention(*(x.unflatten(0, group) for x in qkv)).flatten(0, 1) for group, *qkv in parts]
-        return torch.cat(mixed) if len(mixed) > 1 else mixed[0]
+        return torch.cat([mix(*part) for part in zip(self.groups, q.split(sizes), k.split(sizes), v.split(sizes))])
 
     def unbatch(self, x):
         parts = dict(zip(self.order, x.split(self.lengths)))
