@@ -22,6 +22,16 @@ setup(
     packages=find_packages(include=[facts["lib_name"]]),
     python_requires=f">={facts['min_python']}",
     install_requires=facts["requirements"].split(),
-    extras_require={"dev": facts["dev_requirements"].split()},
-    entry_points={"nbdev": [f"{facts['lib_name']}={facts['lib_path']}._modidx:d"]},
+    extras_require={
+        "wandb": facts["wandb_requirements"].split(),
+        "dev": facts["dev_requirements"].split(),
+    },
+    entry_points={
+        "nbdev": [f"{facts['lib_name']}={facts['lib_path']}._modidx:d"],
+        "console_scripts": [
+            "minikl-train=minikl.train:main",
+            "minikl-generate=minikl.generate:main",
+            "minikl-report=minikl.report:main",
+        ],
+    },
 )

@@ -11,6 +11,7 @@ from fastcore.basics import patch
 from torch import nn
 from torch.nn import functional as F
 
+from .files import UserError
 from .rope import rotate
 
 # %% ../nbs/04_attention.ipynb #c028
@@ -23,7 +24,7 @@ def causal_attention(
     "Softmax attention. The one place where several query heads share a key head. GQA, Ainslie et al. 2023, arXiv:2305.13245."
     q, k, v = (x.transpose(-3, -2) for x in (q, k, v))   # (..., heads, seq, d_head)
     seq, keys = q.shape[-2], k.shape[-2]
-    if mask is None and seq > keys: raise ValueError(f"{seq} queries, but only {keys} keys: say with a mask which may look where")
+    if mask is None and seq > keys: raise UserError(f"{seq} queries, but only {keys} keys: say with a mask which may look where")
     if mask is None and 1 < seq < keys: mask = torch.ones(seq, keys, dtype=torch.bool, device=q.device).tril(keys - seq)
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and seq == keys,
                                          enable_gqa=q.shape[-3] != k.shape[-3])
@@ -82,11 +83,11 @@ def step(
     ids,           # the next tokens: (batch, seq)
     lengths=None,  # how many of them are real in each row, padding behind them: list of int; None: all
 ):                 # (ids, positions, attend): the three arguments of the model
-    "Make room for the next tokens. `ValueError` if there is none; the cache is then as before."
+    "Make room for the next tokens. `UserError` if there is none; the cache is then as before."
     (batch, max_len), seq, device = self.k.shape[1:3], ids.shape[1], ids.device
     end = max(self.lengths) + seq
-    if len(ids) != batch: raise ValueError(f"the cache holds {batch} sequences, not {len(ids)}")
-    if end > max_len: raise ValueError(f"the cache has room for {max_len} tokens, not for {end}")
+    if len(ids) != batch: raise UserError(f"the cache holds {batch} sequences, not {len(ids)}")
+    if end > max_len: raise UserError(f"the cache has room for {max_len} tokens, not for {end}")
     positions, self.mask = torch.tensor(self.lengths, device=device)[:, None] + torch.arange(seq, device=device), None   # (batch, seq)
     if min(self.lengths) < max(self.lengths): self.mask = (torch.arange(end, device=device) <= positions[..., None])[:, None]
     self.lengths = [start + n for start, n in zip(self.lengths, lengths or [seq] * batch)]

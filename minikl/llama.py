@@ -16,9 +16,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from safetensors.torch import save as to_bytes
 
-from minikl.data import OneLineParser, one_line_errors
+from minikl.files import OneLineParser, UserError, one_line_errors, write_atomically
 from minikl.model import MiniKL, MiniKLConfig
-from minikl.tokenizer import Tokenizer, write_atomically
+from minikl.tokenizer import Tokenizer
 
 # %% ../nbs/11_llama.ipynb #c019
 OUTSIDE = {"embed": "model.embed_tokens", "norm": "model.norm", "head": "lm_head"}
@@ -29,10 +29,10 @@ INSIDE = {"attention_norm": "input_layernorm", "ffn_norm": "post_attention_layer
 def llama_weights(
     model,  # MiniKL
 ):          # {Llama's name: tensor}, sharing memory with the model
-    "Weights under the names of Llama (Touvron et al. 2023, arXiv:2302.13971). `ValueError` if Llama has no such weight."
+    "Weights under the names of Llama (Touvron et al. 2023, arXiv:2302.13971). `UserError` if Llama has no such weight."
     names = {**OUTSIDE, **{f"blocks.{i}.{ours}": f"model.layers.{i}.{theirs}" for i in range(model.config.num_layers) for ours, theirs in INSIDE.items()}}
     state = {name.removesuffix(".weight"): weight for name, weight in model.state_dict().items()}
-    if unknown := sorted(state.keys() - names.keys()): raise ValueError(f"Llama has nothing like {unknown[0]}, so its format cannot hold this model")
+    if unknown := sorted(state.keys() - names.keys()): raise UserError(f"Llama has nothing like {unknown[0]}, so its format cannot hold this model")
     return {f"{names[name]}.weight": weight for name, weight in state.items()}
 
 # %% ../nbs/11_llama.ipynb #c021
@@ -43,10 +43,10 @@ FIELDS = dict(d_model="hidden_size", num_heads="num_attention_heads", num_kv_hea
 def llama_config(
     config,  # MiniKLConfig
 ):           # dict, as in the config.json of a Llama
-    "A configuration in Llama's words. `ValueError` if it asks for something that Llama lacks."
+    "A configuration in Llama's words. `UserError` if it asks for something that Llama lacks."
     for name, value in asdict(config).items():
         if name not in FIELDS and value and (name, value) != ("ffn", "GLU"):
-            raise ValueError(f"{name}={value!r}: Llama has no such thing, so its format cannot hold this model")
+            raise UserError(f"{name}={value!r}: Llama has no such thing, so its format cannot hold this model")
     return {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "head_dim": config.d_head, "attention_bias": False, "mlp_bias": False,
             "rope_parameters": {"rope_type": "default", "rope_theta": config.theta},
             **{theirs: getattr(config, ours) for ours, theirs in FIELDS.items()}}
@@ -57,8 +57,8 @@ def export_llama(
     tokenizer,  # Tokenizer that it was trained with
     folder,     # config.json, model.safetensors, tokenizer.json and others are written here
 ):
-    "Write what `transformers` and everything that reads its format open as a Llama. `ValueError` if the model is none."
-    if len(tokenizer) != model.config.vocab_size: raise ValueError(f"the vocabulary has {len(tokenizer)} tokens, the model {model.config.vocab_size}: they were not trained together")
+    "Write what `transformers` and everything that reads its format open as a Llama. `UserError` if the model is none."
+    if len(tokenizer) != model.config.vocab_size: raise UserError(f"the vocabulary has {len(tokenizer)} tokens, the model {model.config.vocab_size}: they were not trained together")
     config, weights, folder = llama_config(model.config), llama_weights(model), Path(folder)
     tokens = {kind: token for kind, token in dict(bos="<s>", eos="</s>", pad="<pad>", unk="<unk>").items() if token in tokenizer.special}
     ids = {f"{kind}_token_id": tokenizer.special.get(tokens.get(kind)) for kind in ("bos", "eos", "pad")}
@@ -75,12 +75,12 @@ HARMLESS = {"architectures", "model_type", "dtype", "torch_dtype", "transformers
 def minikl_config(
     raw,  # dict from the config.json of a Llama
 ):        # MiniKLConfig
-    "A configuration in our words. `ValueError` if it asks for something that MiniKL lacks."
-    if raw.get("model_type") != "llama": raise ValueError(f"model_type={raw.get('model_type')!r}: expected 'llama'")
+    "A configuration in our words. `UserError` if it asks for something that MiniKL lacks."
+    if raw.get("model_type") != "llama": raise UserError(f"model_type={raw.get('model_type')!r}: expected 'llama'")
     rope = {"rope_type": "default", "rope_theta": raw.get("rope_theta", 1e4), **(raw.get("rope_parameters") or {})}   # older files: rope_theta outside, or left out
     extra = {name: value for name, value in raw.items() if value and name not in HARMLESS and name not in FIELDS.values()}
     extra |= {name: value for name, value in rope.items() if name != "rope_theta" and (name, value) != ("rope_type", "default")}
-    if extra: raise ValueError("MiniKL lacks " + ", ".join(f"{name}={value!r}" for name, value in sorted(extra.items())))
+    if extra: raise UserError("MiniKL lacks " + ", ".join(f"{name}={value!r}" for name, value in sorted(extra.items())))
     raw = {"num_key_value_heads": raw.get("num_attention_heads"), **raw, "rope_theta": rope["rope_theta"]}            # older files: MHA, unsaid
     return MiniKLConfig(**{ours: raw[theirs] for ours, theirs in FIELDS.items()})
 
@@ -88,20 +88,20 @@ def minikl_config(
 def import_llama(
     folder,  # with config.json and model.safetensors, or several files and their model.safetensors.index.json
 ):           # MiniKL with float32 weights
-    "Load a Llama into MiniKL. `ValueError` names what does not fit."
+    "Load a Llama into MiniKL. `UserError` names what does not fit."
     path, index = Path(folder) / "config.json", Path(folder) / "model.safetensors.index.json"
     try:
         model = MiniKL(minikl_config(json.loads(path.read_text(encoding="utf-8"))))
         path = index if index.is_file() else Path(folder) / "model.safetensors"
         files = sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.is_file() else [path.name]
         state = {name: weight for file in files for name, weight in load_file(path.with_name(file)).items()}
-    except KeyError as error: raise ValueError(f"{path}: lacks {error}") from None
-    except (AttributeError, TypeError, ValueError, SafetensorError) as error: raise ValueError(f"{path}: {error}") from None
+    except KeyError as error: raise UserError(f"{path}: lacks {error}") from None
+    except (AttributeError, TypeError, ValueError, SafetensorError) as error: raise UserError(f"{path}: {error}") from None
     expected = llama_weights(model)
     if model.config.tie_embeddings: state.pop("lm_head.weight", None)   # some files hold it twice
     for name in sorted(expected.keys() | state.keys()):
         have, want = (tuple(s[name].shape) if name in s else "nothing" for s in (state, expected))
-        if have != want: raise ValueError(f"{path}: {name} is {have}, but MiniKL expects {want}")
+        if have != want: raise UserError(f"{path}: {name} is {have}, but MiniKL expects {want}")
     for name, weight in expected.items(): weight.copy_(state[name])
     return model
 

@@ -20,16 +20,16 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from .attention import Attention
+from .files import UserError, write_atomically
 from .nested import IGNORE
 from .rope import rope_table
-from .tokenizer import write_atomically
 
 # %% ../nbs/06_model.ipynb #c022
 ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "relu": F.relu}
 
 @dataclass
 class MiniKLConfig:
-    "Everything that decides the shape of a model. `ValueError` where the numbers do not fit together."
+    "Everything that decides the shape of a model. `UserError` where the numbers do not fit together."
     d_model: int = 512            # width of the residual stream
     num_heads: int = 8            # query heads
     num_kv_heads: int = 8         # key and value heads
@@ -47,14 +47,14 @@ class MiniKLConfig:
     def __post_init__(self):
         for name in ("d_model", "num_heads", "num_kv_heads", "num_layers", "theta", "vocab_size", "max_seq_len"):
             value = getattr(self, name)
-            if not isinstance(value, (int, float)) or not value >= 1: raise ValueError(f"{name}={value!r}: expected a number, 1 or more")
+            if not isinstance(value, (int, float)) or not value >= 1: raise UserError(f"{name}={value!r}: expected a number, 1 or more")
         if not self.d_ff: self.d_ff = 4 * self.d_model if self.ffn == "FFN" else (8 * self.d_model // 3 + 7) // 8 * 8
-        if self.d_ff < 1: raise ValueError(f"d_ff={self.d_ff}: expected 1 or more, or 0 for the default")
-        if self.d_model % self.num_heads: raise ValueError(f"d_model={self.d_model} does not divide by num_heads={self.num_heads}")
-        if self.d_head % 2: raise ValueError(f"d_model/num_heads={self.d_head} is odd; RoPE rotates features in pairs")
-        if self.num_heads % self.num_kv_heads: raise ValueError(f"num_heads={self.num_heads} does not divide by num_kv_heads={self.num_kv_heads}")
-        if self.ffn not in ("GLU", "FFN"): raise ValueError(f"ffn={self.ffn!r}: expected 'GLU' or 'FFN'")
-        if self.activation not in ACTIVATIONS: raise ValueError(f"activation={self.activation!r}: expected one of {', '.join(ACTIVATIONS)}")
+        if self.d_ff < 1: raise UserError(f"d_ff={self.d_ff}: expected 1 or more, or 0 for the default")
+        if self.d_model % self.num_heads: raise UserError(f"d_model={self.d_model} does not divide by num_heads={self.num_heads}")
+        if self.d_head % 2: raise UserError(f"d_model/num_heads={self.d_head} is odd; RoPE rotates features in pairs")
+        if self.num_heads % self.num_kv_heads: raise UserError(f"num_heads={self.num_heads} does not divide by num_kv_heads={self.num_kv_heads}")
+        if self.ffn not in ("GLU", "FFN"): raise UserError(f"ffn={self.ffn!r}: expected 'GLU' or 'FFN'")
+        if self.activation not in ACTIVATIONS: raise UserError(f"activation={self.activation!r}: expected one of {', '.join(ACTIVATIONS)}")
 
     @property
     def d_head(self): return self.d_model // self.num_heads
@@ -165,7 +165,7 @@ def loss(
 ):          # (sum of cross-entropies in nats over real targets, number of them)
     "A sum, not a mean: sums of parts add up to the sum of the whole, however the tokens are split."
     if max(batch.lengths) > self.config.max_seq_len:
-        raise ValueError(f"a document of {max(batch.lengths)} tokens does not fit max_seq_len={self.config.max_seq_len}")
+        raise UserError(f"a document of {max(batch.lengths)} tokens does not fit max_seq_len={self.config.max_seq_len}")
     hidden = self.hidden(batch.ids, batch.positions, batch.attend).flatten(0, -2)
     total = ChunkedCrossEntropy.apply(hidden, self.output_weight, batch.targets.flatten(), torch.is_grad_enabled())
     return total, (batch.targets != IGNORE).sum()
@@ -194,7 +194,7 @@ def load(
     path,          # folder written by `save`, or the weights file in it
     device="cpu",  # where the model goes
 ):                 # MiniKL
-    "Load a model. `ValueError` or `FileNotFoundError` names the file and what is wrong with it."
+    "Load a model. `UserError` or `FileNotFoundError` names the file and what is wrong with it."
     path = Path(path)
     weights = path if path.suffix == ".safetensors" else path / "model.safetensors"
     config_path = weights.parent / "config.json"
@@ -202,11 +202,11 @@ def load(
         if not file.is_file(): raise FileNotFoundError(f"{file}: no such file; train a model first, or pass --model_path")
     model = cls(_read_config(config_path)).to(device)
     try: state = load_file(weights, device=str(device))
-    except SafetensorError as error: raise ValueError(f"{weights}: damaged or not a safetensors file: {error}") from None
+    except SafetensorError as error: raise UserError(f"{weights}: damaged or not a safetensors file: {error}") from None
     expected = model.state_dict()
     for name in sorted(expected.keys() | state.keys()):
         have, want = (tuple(s[name].shape) if name in s else "nothing" for s in (state, expected))
-        if have != want: raise ValueError(f"{weights}: {name} is {have}, but {config_path} asks for {want}")
+        if have != want: raise UserError(f"{weights}: {name} is {have}, but {config_path} asks for {want}")
     model.load_state_dict(state)
     return model
 
@@ -216,5 +216,5 @@ def _read_config(path):
     try:
         raw = {"norm_eps": 1e-5, "qk_norm": False, **json.loads(path.read_text())}   # files of version 0.1.0 lack the first two
         return MiniKLConfig(**{field.name: raw[field.name] for field in fields(MiniKLConfig)})
-    except KeyError as error: raise ValueError(f"{path}: lacks {error}") from None
-    except (TypeError, ValueError) as error: raise ValueError(f"{path}: {error}") from None
+    except KeyError as error: raise UserError(f"{path}: lacks {error}") from None
+    except (TypeError, ValueError) as error: raise UserError(f"{path}: {error}") from None

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
 from .attention import causal_attention
+from .files import UserError
 
 # %% ../nbs/05_nested_tensors.ipynb #c019
 IGNORE = -100   # a target that does not count
@@ -20,8 +21,8 @@ IGNORE = -100   # a target that does not count
 def next_tokens(
     doc,  # ids: (seq)
 ):        # (seq): what each position should predict; nothing follows the last token
-    "Targets of one document. `ValueError` if it is empty."
-    if not len(doc): raise ValueError("a document needs at least one token")
+    "Targets of one document. `UserError` if it is empty."
+    if not len(doc): raise UserError("a document needs at least one token")
     return torch.cat([doc[1:], doc.new_full((1,), IGNORE)])
 
 def positions_of(
@@ -37,7 +38,7 @@ class Layout:
         self,
         docs,  # list of 1-D id tensors, none of them empty
     ):
-        if not docs: raise ValueError("a batch needs at least one document")
+        if not docs: raise UserError("a batch needs at least one document")
         self.lengths = [len(doc) for doc in docs]
         self.ids, self.targets = torch.cat(docs), torch.cat([next_tokens(doc) for doc in docs])
         self.positions = positions_of(self.lengths)

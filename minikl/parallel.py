@@ -17,6 +17,8 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
+from minikl.files import UserError
+
 # %% ../nbs/08_ddp.ipynb #c025
 class Ranks:
     "This process among its peers. Without torchrun: a world of one, which needs no process group."
@@ -24,7 +26,7 @@ class Ranks:
         number = lambda name, default: int(os.environ.get(name, default))
         self.rank, self.world = number("RANK", 0), number("WORLD_SIZE", 1)
         self.local_rank, local_world, n_gpus = number("LOCAL_RANK", 0), number("LOCAL_WORLD_SIZE", 1), torch.cuda.device_count()
-        if 0 < n_gpus < local_world: raise ValueError(f"{local_world} processes on a host with {n_gpus} GPUs; lower --nproc-per-node")
+        if 0 < n_gpus < local_world: raise UserError(f"{local_world} processes on a host with {n_gpus} GPUs; lower --nproc-per-node")
         self.device = torch.device("cuda", self.local_rank) if n_gpus else torch.device("cpu")
         if n_gpus: torch.cuda.set_device(self.device)
         else: torch.set_num_threads(max(1, threads or (os.cpu_count() or 1) // local_world))

@@ -23,8 +23,7 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 
-from minikl.data import OneLineParser, one_line_errors
-from minikl.tokenizer import write_atomically
+from minikl.files import OneLineParser, UserError, one_line_errors, write_atomically
 
 # %% ../nbs/14_report.ipynb #r016
 def json_lines(path):   # list of dict; a last line that a kill cut off is left out
@@ -40,8 +39,8 @@ def read_run(
     if (folder / "metrics.jsonl.running").exists(): finished, tail = False, ".running"
     lines = json_lines(folder / f"metrics.jsonl{tail}")
     training, exams = [line for line in lines if "loss" in line], [line for line in lines if "bits_per_char" in line]
-    if not training: raise ValueError(f"{folder}: no metrics.jsonl with a line of training in it; expected the --out_dir of a training run")
-    if "train_bits_per_char" not in training[0]: raise ValueError(f"{folder}: recorded by an older version; lines lack train_bits_per_char")
+    if not training: raise UserError(f"{folder}: no metrics.jsonl with a line of training in it; expected the --out_dir of a training run")
+    if "train_bits_per_char" not in training[0]: raise UserError(f"{folder}: recorded by an older version; lines lack train_bits_per_char")
     settings = max(folder.glob("checkpoints/step-*/state.json"), default=None) if tail else folder / "run.json"
     settings = json.loads(settings.read_text(encoding="utf-8")) if settings and settings.exists() else {}
     return SimpleNamespace(name=str(folder), finished=finished, settings=settings.get("settings", settings), training=training, exams=exams,

@@ -8,6 +8,8 @@ __all__ = ['rope_table', 'rotate']
 # %% ../nbs/03_rope.ipynb #c003
 import torch
 
+from .files import UserError
+
 # %% ../nbs/03_rope.ipynb #c028
 def rope_table(
     positions,  # index of each token inside its own document: (...)
@@ -15,7 +17,7 @@ def rope_table(
     theta=1e6,  # wavelength base (dimensionless)
 ):              # (cos, sin), each (..., 1, d_head/2) in float32; the 1 stands for the heads
     "Angles of rotation, computed from positions: nothing to store, nothing to outgrow. RoFormer, Su et al. 2021, arXiv:2104.09864."
-    if d_head % 2: raise ValueError(f"d_head={d_head} is odd; RoPE rotates features in pairs")
+    if d_head % 2: raise UserError(f"d_head={d_head} is odd; RoPE rotates features in pairs")
     frequencies = theta ** (-torch.arange(0, d_head, 2, dtype=torch.float32, device=positions.device) / d_head)
     angles = positions[..., None, None].float() * frequencies
     return angles.cos(), angles.sin()

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SPLIT', 'SPECIAL_TOKENS', 'BYTE_TOKENS', 'CONTROL', 'LETTER', 'NUMBER', 'SIGN', 'SPACE', 'LINE_END', 'KINDS',
            'code_points', 'in_a_row', 'learn_merges', 'merge_all', 'Tokenizer', 'frequent_chars', 'piece_starts',
-           'PairTable', 'merge_rows', 'BatchEncoder', 'chunks', 'write_atomically']
+           'PairTable', 'merge_rows', 'BatchEncoder', 'chunks']
 
 # %% ../nbs/01_tokenizer.ipynb #c003
 import heapq
@@ -23,6 +23,8 @@ import regex
 import torch
 from fastcore.basics import patch
 from torch.nn.functional import pad
+
+from .files import UserError, write_atomically
 
 # %% ../nbs/01_tokenizer.ipynb #0f586e73
 def code_points(
@@ -144,14 +146,14 @@ def train(
 ):                                  # Tokenizer
     "Learn a vocabulary. Fewer than `vocab_size` tokens come out only where no pair occurs twice."
     wrong = next((token for token in special_tokens if not CONTROL.fullmatch(token) or token in BYTE_TOKENS), None)
-    if wrong is not None: raise ValueError(f"special token {wrong!r}: expected a name in angle brackets, such as <s>, that is not a byte")
+    if wrong is not None: raise UserError(f"special token {wrong!r}: expected a name in angle brackets, such as <s>, that is not a byte")
     tokens = [*dict.fromkeys(special_tokens), *BYTE_TOKENS]
-    if vocab_size < len(tokens): raise ValueError(f"vocab_size={vocab_size} is too small: special tokens and bytes alone are {len(tokens)}")
+    if vocab_size < len(tokens): raise UserError(f"vocab_size={vocab_size} is too small: special tokens and bytes alone are {len(tokens)}")
     pieces, chars = Counter(), Counter()
     for text in texts:
         pieces.update(SPLIT.findall(text))
         chars.update(text)
-    if not chars: raise ValueError("cannot train a tokenizer: there is no text")
+    if not chars: raise UserError("cannot train a tokenizer: there is no text")
     tokens += frequent_chars(chars, character_coverage)[:vocab_size - len(tokens)]
     id_of_code = torch.full((0x110000,), -1)
     for i, token in enumerate(tokens):
@@ -166,7 +168,7 @@ def _char_ids(self: Tokenizer, char):
     if char in self.vocab: return [self.vocab[char]]
     if self.byte_ids: return [self.byte_ids[byte] for byte in char.encode("utf-8", "surrogatepass")]
     if "<unk>" in self.special: return [self.special["<unk>"]]
-    raise ValueError(f"cannot encode {char!r}: the vocabulary has neither it, nor byte tokens <0x00>…<0xFF>, nor <unk>")
+    raise UserError(f"cannot encode {char!r}: the vocabulary has neither it, nor byte tokens <0x00>…<0xFF>, nor <unk>")
 
 @patch
 def encode(
@@ -192,7 +194,7 @@ def token_bytes(
     i,  # token id
 ):      # bytes; empty for a special token
     "The UTF-8 bytes that one token stands for."
-    if not 0 <= i < len(self.tokens): raise ValueError(f"token id {i} is outside the vocabulary 0…{len(self) - 1}")
+    if not 0 <= i < len(self.tokens): raise UserError(f"token id {i} is outside the vocabulary 0…{len(self) - 1}")
     token = self.tokens[i]
     if token in self.special: return b""
     if CONTROL.fullmatch(token): return bytes([int(token[3:5], 16)])
@@ -348,7 +350,7 @@ def encode_batch(
     texts = list(texts)
     if allowed_special:
         unknown = set(allowed_special) - self.special.keys()
-        if unknown: raise ValueError(f"allowed_special: the vocabulary has no special token {min(unknown)!r}, only {sorted(self.special)}")
+        if unknown: raise UserError(f"allowed_special: the vocabulary has no special token {min(unknown)!r}, only {sorted(self.special)}")
         allowed = regex.compile(f"({'|'.join(map(regex.escape, allowed_special))})")
         texts = [allowed.split(text) for text in texts]   # each: text, token, text, …, token, text
         ids = iter(self.encode_batch([part for parts in texts for part in parts[::2]], device=device))
@@ -373,27 +375,6 @@ def encode_longest_match(
         i = end
     return ids
 
-# %% ../nbs/01_tokenizer.ipynb #c070
-def write_atomically(
-    path,  # file to create or replace
-    data,  # bytes, or text to be written as UTF-8
-):
-    "Write a file whole or not at all: to a temporary neighbour first, flushed to disk, then renamed."
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data.encode() if isinstance(data, str) else data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException as error:
-        os.unlink(temporary)
-        if isinstance(error, OSError): error.filename = str(path)   # a full disk does not say so itself
-        raise
-
 # %% ../nbs/01_tokenizer.ipynb #c071
 @patch
 def save(self: Tokenizer, path):
@@ -405,15 +386,15 @@ def load(
     cls: Tokenizer,
     path,  # JSON file {token: id}: ours, or anyone's
 ):         # Tokenizer
-    "Read a vocabulary. `ValueError` names the file and what is wrong with it."
+    "Read a vocabulary. `UserError` names the file and what is wrong with it."
     try: vocab = json.loads(Path(path).read_text(encoding="utf-8"))
-    except ValueError as error: raise ValueError(f"{path}: not a JSON file: {error}") from None
+    except ValueError as error: raise UserError(f"{path}: not a JSON file: {error}") from None
     if not isinstance(vocab, dict) or not vocab:
-        raise ValueError(f"{path}: expected a JSON object {{token: id, …}}, found {'an empty one' if vocab == {} else type(vocab).__name__}")
+        raise UserError(f"{path}: expected a JSON object {{token: id, …}}, found {'an empty one' if vocab == {} else type(vocab).__name__}")
     wrong = next((token for token, i in vocab.items() if type(i) is not int), None)
-    if wrong is not None: raise ValueError(f"{path}: the id of {wrong!r} is {vocab[wrong]!r}; expected a whole number")
+    if wrong is not None: raise UserError(f"{path}: the id of {wrong!r} is {vocab[wrong]!r}; expected a whole number")
     missing = set(range(len(vocab))) - set(vocab.values())
-    if missing: raise ValueError(f"{path}: {len(vocab)} tokens need the ids 0 … {len(vocab) - 1}, each once; id {min(missing)} is missing")
+    if missing: raise UserError(f"{path}: {len(vocab)} tokens need the ids 0 … {len(vocab) - 1}, each once; id {min(missing)} is missing")
     return cls(vocab)
 
 # %% ../nbs/01_tokenizer.ipynb #d053fe74

@@ -33,13 +33,44 @@ from fastcore.basics import patch
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from minikl.data import (CORPORA, DATA, Documents, OneLineParser, TokenFile, bigram_bits_per_char, build_tokens, build_toy, encode_prompt,
-                         fingerprint, hash_fraction, one_line_errors, read_jsonl, shuffled, toy_floor, xz_bits_per_char)
+from minikl.data import (
+    CORPORA,
+    DATA,
+    Documents,
+    TokenFile,
+    bigram_bits_per_char,
+    build_tokens,
+    build_toy,
+    encode_prompt,
+    fingerprint,
+    hash_fraction,
+    read_jsonl,
+    shuffled,
+    toy_floor,
+    xz_bits_per_char,
+)
+from minikl.files import (
+    OneLineParser,
+    UserError,
+    one_line_errors,
+    write_atomically,
+)
 from minikl.model import MiniKL, MiniKLConfig, count_by_formula
 from minikl.nested import LAYOUTS
 from minikl.parallel import Objective, Ranks, evaluate, shard, share
-from minikl.tokenizer import Tokenizer, write_atomically
-from minikl.training import Precision, gather, local, make_optimizers, pack, read_checkpoint, schedule, train_step, unpack, write_checkpoint
+from minikl.tokenizer import Tokenizer
+from minikl.training import (
+    Precision,
+    gather,
+    local,
+    make_optimizers,
+    pack,
+    read_checkpoint,
+    schedule,
+    train_step,
+    unpack,
+    write_checkpoint,
+)
 
 # %% ../nbs/08b_train.ipynb #c050
 def option(default, help): return field(default=default, metadata={"help": help})
@@ -90,13 +121,13 @@ RECIPE = dict(d_model=128, num_heads=4, num_kv_heads=4, num_layers=2, vocab_size
 def truth(text):
     if text.lower() in ("true", "yes", "1"): return True
     if text.lower() in ("false", "no", "0"): return False
-    raise ValueError(text)
+    raise UserError(text)
 
 # %% ../nbs/08b_train.ipynb #c053
 def parse_options(
     argv=None,  # list of str (default: the command line)
 ):              # (TrainConfig, MiniKLConfig)
-    "Every field of both dataclasses is an option of the script. `ValueError` says what is wrong with the command line."
+    "Every field of both dataclasses is an option of the script. `UserError` says what is wrong with the command line."
     parser = OneLineParser("train.py", description="Train MiniKL. Run by python, or by torchrun for several processes.",
                            usage="%(prog)s [--option=value …]", allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     for f in fields(TrainConfig) + fields(MiniKLConfig):
@@ -110,24 +141,24 @@ def parse_options(
 
 # %% ../nbs/08b_train.ipynb #c056
 def check(options, config, n_ranks):
-    "Find what cannot work before anything slow begins. `ValueError` names the option."
+    "Find what cannot work before anything slow begins. `UserError` names the option."
     choices = dict(corpus=CORPORA, on_bad_line=("error", "skip"), layout=LAYOUTS, optimizer=("muon", "adamw"), dtype=("auto", "fp32", "bf16", "fp16"))
     least, below = dict(grad_accum=1, log_every=1, eval_documents=1, keep_checkpoints=1, clip=1e-6, timeout=0.01), dict(warmup=1, held_out=1)
     for name, value in asdict(options).items():
         low, high = least.get(name, 0), below.get(name, math.inf)
-        if name in choices and value not in choices[name]: raise ValueError(f"{name}={value!r}: expected one of {', '.join(choices[name])}")
-        if type(value) in (int, float) and not low <= value < high: raise ValueError(f"{name}={value}: expected at least {low}, and below {high}")
+        if name in choices and value not in choices[name]: raise UserError(f"{name}={value!r}: expected one of {', '.join(choices[name])}")
+        if type(value) in (int, float) and not low <= value < high: raise UserError(f"{name}={value}: expected at least {low}, and below {high}")
     if options.batch_size < n_ranks * options.grad_accum:
-        raise ValueError(f"batch_size={options.batch_size}: too few documents for {n_ranks} processes × {options.grad_accum} micro-batches")
-    if options.local_data and not options.vocab_dict_path: raise ValueError("local_data: needs --vocab_dict_path, since hosts with different data would train different vocabularies")
-    if config.max_seq_len < 2: raise ValueError("max_seq_len=1: expected 2 or more, since a token is predicted from those before it")
+        raise UserError(f"batch_size={options.batch_size}: too few documents for {n_ranks} processes × {options.grad_accum} micro-batches")
+    if options.local_data and not options.vocab_dict_path: raise UserError("local_data: needs --vocab_dict_path, since hosts with different data would train different vocabularies")
+    if config.max_seq_len < 2: raise UserError("max_seq_len=1: expected 2 or more, since a token is predicted from those before it")
 
 # %% ../nbs/08b_train.ipynb #c059
 def splits(token_file, options):
     "Indices of the documents to train on, and of those to evaluate on, thinned evenly to `eval_documents`."
     kept, held_out = token_file.split(options.held_out)
     if len(kept) and len(held_out): return kept, held_out[::math.ceil(len(held_out) / options.eval_documents)]
-    raise ValueError(f"held_out={options.held_out} leaves {len(kept)} documents to train on and {len(held_out)} to evaluate on; each needs one at least")
+    raise UserError(f"held_out={options.held_out} leaves {len(kept)} documents to train on and {len(held_out)} to evaluate on; each needs one at least")
 
 def baselines(texts, n_chars, kept, held_out, limit=3_000_000):
     "What a model has to beat, {name: bits per character}: a bigram and the compressor xz, given the same training text, thinned evenly to `limit` characters."
@@ -150,7 +181,7 @@ def find_data(options):
         except OSError as error:
             print(f"{error}. Training on the toy corpus instead.", flush=True)
             paths = [build_toy()]
-    if next(read_jsonl(paths, options.on_bad_line), None) is None: raise ValueError(f"{', '.join(map(str, paths))}: no documents; expected lines like {{\"content\": \"…\"}}")
+    if next(read_jsonl(paths, options.on_bad_line), None) is None: raise UserError(f"{', '.join(map(str, paths))}: no documents; expected lines like {{\"content\": \"…\"}}")
     return paths
 
 # %% ../nbs/08b_train.ipynb #c062
@@ -262,7 +293,7 @@ def compile_blocks(
 ):           # the layout class to use with it
     "Compile every block once, for sizes in general; attention, whose shapes are those of the documents, stays outside."
     try: torch.compile(torch.neg)(torch.ones(2))
-    except Exception as error: raise ValueError(f"--compile: torch.compile does not work here ({str(error).splitlines()[0]}); it needs a C++ compiler") from None
+    except Exception as error: raise UserError(f"--compile: torch.compile does not work here ({str(error).splitlines()[0]}); it needs a C++ compiler") from None
     for block in model.blocks: block.compile(dynamic=True)
     return type(layout.__name__, (layout,), {"attend": torch.compiler.disable(layout.attend)})
 
@@ -295,9 +326,9 @@ class Run:
         self.options, self.ranks, self.checkpoints = options, ranks, Path(options.out_dir) / "checkpoints"
         self.paths, self.vocab, self.folder, self.compare = ranks.once_per_host(lambda: prepare(options, config.vocab_size))
         token_file = Pool(self.folder, ranks)
-        if token_file.name != self.folder.name and not options.local_data: raise ValueError("the hosts hold different data or vocabularies; if the data are meant to differ: --local_data")
+        if token_file.name != self.folder.name and not options.local_data: raise UserError("the hosts hold different data or vocabularies; if the data are meant to differ: --local_data")
         self.tokenizer = Tokenizer.load(self.vocab)
-        if len(set(ranks.all(json.dumps(self.tokenizer.vocab)))) > 1: raise ValueError("the hosts hold different vocabularies")
+        if len(set(ranks.all(json.dumps(self.tokenizer.vocab)))) > 1: raise UserError("the hosts hold different vocabularies")
         self.config = replace(config, vocab_size=len(self.tokenizer))
         self.documents, self.held_out = (Documents(token_file, part, config.max_seq_len) for part in splits(token_file, options))
         self.corpus, self.counts = token_file.name, {**token_file.counts, "pieces_to_train_on": len(self.documents)}
@@ -368,7 +399,7 @@ def beginnings(self: Run):   # lists of token ids
     texts = self.options.sample_prompts or [decode(doc[:min(6, 1 + len(doc) // 2)]).rstrip("�") for doc in docs]   # without half a character
     found = [encode_prompt(text, self.tokenizer) for text in texts]
     for text, ids in zip(self.options.sample_prompts, found):
-        if not 0 < len(ids) < self.config.max_seq_len: raise ValueError(f"--sample_prompts: {text!r} has {len(ids)} tokens; expected 1 to {self.config.max_seq_len - 1}")
+        if not 0 < len(ids) < self.config.max_seq_len: raise UserError(f"--sample_prompts: {text!r} has {len(ids)} tokens; expected 1 to {self.config.max_seq_len - 1}")
     return [ids for ids in found if 0 < len(ids) < self.config.max_seq_len]
 
 @patch
@@ -398,16 +429,16 @@ def save(self: Run, lines, elapsed):
 
 @patch
 def begin(self: Run):   # lines of metrics so far, or None where nothing is left to do
-    "Go to the newest checkpoint under --resume, else to step 0. `ValueError` where that would harm another run."
+    "Go to the newest checkpoint under --resume, else to step 0. `UserError` where that would harm another run."
     ranks, folder, box = self.ranks, self.checkpoints, [None, (Path(self.options.out_dir) / "metrics.jsonl.running").exists()]
     def look():
         if not self.options.resume:
-            if box[1] and any(folder.glob("step-*")): raise ValueError(f"{folder} is of a run that was not finished: go on with it by --resume, delete that folder, or choose another --out_dir")
+            if box[1] and any(folder.glob("step-*")): raise UserError(f"{folder} is of a run that was not finished: go on with it by --resume, delete that folder, or choose another --out_dir")
             shutil.rmtree(folder, ignore_errors=True)
         elif found := read_checkpoint(folder):
             now, then = ({**s["options"], "data and vocabulary": s["tokens"]} for s in (self.settings(), json.loads(found[1]["state.json"])["settings"]))
             other = {name: f"{name}={now[name]}, there {then.get(name)}" for name in now if name not in FREE and now[name] != then.get(name)}
-            if other.keys() - MENDING: raise ValueError(f"--resume: {found[0]} is of another run: {'; '.join(other.values())}")
+            if other.keys() - MENDING: raise UserError(f"--resume: {found[0]} is of another run: {'; '.join(other.values())}")
             if other: print(f"not the same run from here on: {'; '.join(other.values())}", flush=True)
             box[0] = found
         else: print(f"no checkpoint in {folder}: beginning at step 0", flush=True)
@@ -437,7 +468,7 @@ def train(run, recorder, signals=()):   # the signal that stopped it, or None
         except FloatingPointError as error:
             fatal = run.checkpoints / f"step-{at['step']:08}"   # whatever starts here, ends here
             if recorder and fatal.exists(): fatal.rename(fatal.with_name(f"broken-{fatal.name}"))
-            raise ValueError(f"step {at['step'] + 1}: {error}; lower --lr and --muon_lr, or use --dtype=fp32. --resume with that continues from the last good checkpoint: {newest()}") from None
+            raise UserError(f"step {at['step'] + 1}: {error}; lower --lr and --muon_lr, or use --dtype=fp32. --resume with that continues from the last good checkpoint: {newest()}") from None
         at.update(norm=max(at["norm"], float(norm)), spare=at["spare"] + spare, positions=at["positions"] + spare + n_targets + options.batch_size)
         at.update(step=at["step"] + 1, tokens=at["tokens"] + n_targets, nats=at["nats"] + nats, targets=at["targets"] + n_targets, elapsed=elapsed / run.ranks.world)
         progress = run.progress()
@@ -562,7 +593,7 @@ def plain_words():
             print(f"error: process {os.environ.get('RANK', 0)} is out of memory: lower --batch_size or raise --grad_accum; lower --max_seq_len, --d_model or --num_layers", file=sys.stderr, flush=True)
             sys.exit(2)   # perhaps it is only this one
         if not (isinstance(error, dist.DistError) or "by peer" in said or "roken pipe" in said): raise
-        raise ValueError("another process of this run has gone; --resume continues from the newest checkpoint") from None
+        raise UserError("another process of this run has gone; --resume continues from the newest checkpoint") from None
 
 # %% ../nbs/08b_train.ipynb #c086
 def main(argv=None):

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['schedule', 'orthogonalize', 'unsharded', 'local', 'like', 'gather', 'Muon', 'make_optimizers', 'Precision',
-           'train_step', 'checksums', 'flush', 'write_checkpoint', 'read_checkpoint', 'pack', 'unpack']
+           'train_step', 'checksums', 'write_checkpoint', 'read_checkpoint', 'pack', 'unpack']
 
 # %% ../nbs/07_training.ipynb #c003
 import hashlib
@@ -24,7 +24,7 @@ from safetensors.torch import save as to_bytes
 from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from .tokenizer import write_atomically
+from .files import UserError, flush, write_atomically
 
 # %% ../nbs/07_training.ipynb #c025
 def schedule(
@@ -105,7 +105,7 @@ def make_optimizers(
     plain = {"params": others, "weight_decay": 0.0}
     if optimizer == "muon": optimizers = [Muon(matrices, muon_lr, weight_decay=weight_decay), adamw([plain])]
     elif optimizer == "adamw": optimizers = [adamw([{"params": matrices, "weight_decay": weight_decay}, plain])]
-    else: raise ValueError(f"optimizer={optimizer!r}: expected 'muon' or 'adamw'")
+    else: raise UserError(f"optimizer={optimizer!r}: expected 'muon' or 'adamw'")
     for group in [g for o in optimizers for g in o.param_groups]: group["peak_lr"] = group["lr"]
     return optimizers
 
@@ -119,7 +119,7 @@ class Precision:
     ):
         names = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
         if dtype == "auto": dtype = self.best(device)
-        if dtype not in names: raise ValueError(f"dtype={dtype!r}: expected auto, fp32, bf16 or fp16")
+        if dtype not in names: raise UserError(f"dtype={dtype!r}: expected auto, fp32, bf16 or fp16")
         self.name, self.device, self.dtype = dtype, device, names[dtype]
         self.scaler = torch.amp.GradScaler(device, enabled=dtype == "fp16")   # keeps small fp16 gradients above zero
 
@@ -168,12 +168,6 @@ def train_step(
 # %% ../nbs/07_training.ipynb #c096d
 def checksums(files): return "".join(f"{hashlib.sha256(data).hexdigest()}  {name}\n" for name, data in sorted(files.items())).encode()
 
-def flush(folder):
-    "Have the disk remember which files a folder holds. (Windows lets nobody open one.)"
-    with suppress(PermissionError):
-        os.fsync(handle := os.open(folder, os.O_RDONLY))
-        os.close(handle)
-
 def write_checkpoint(
     folder,  # of all checkpoints of a run
     step,    # steps taken so far
@@ -211,9 +205,9 @@ def pack(model, optimizers, facts):   # {name: bytes}; of a sharded model all pr
             "config.json": json.dumps(asdict(model.config), indent=2).encode(), "state.json": json.dumps(facts).encode()}
 
 def unpack(files, model, optimizers):   # facts
-    "Put a model and its optimizers into the state that was packed. `ValueError` where a file is not what its name says."
+    "Put a model and its optimizers into the state that was packed. `UserError` where a file is not what its name says."
     try: weights, memory = (from_bytes(files[f"{name}.safetensors"]) for name in ("model", "optimizers"))
-    except SafetensorError as error: raise ValueError(f"checkpoint: not a safetensors file: {error}") from None
+    except SafetensorError as error: raise UserError(f"checkpoint: not a safetensors file: {error}") from None
     ours = model.state_dict()
     model.load_state_dict({name: like(weight, ours.get(name)) for name, weight in weights.items()})
     for o, optimizer in enumerate(optimizers):
