@@ -28,7 +28,7 @@ import minikl.attention
 from minikl.attention import causal_attention
 from minikl.data import DATA, read_jsonl
 from minikl.files import UserError, one_line_errors
-from minikl.model import MiniKL, MiniKLConfig
+from minikl.model import MiniKL, MiniKLConfig, pick_device
 from minikl.nested import IGNORE, LAYOUTS, Jagged, Padded
 from minikl.rope import rotate
 from minikl.training import make_optimizers
@@ -85,7 +85,8 @@ PHASES = "forward", "loss", "backward", "step"
 
 def now(device):
     "Seconds, once the device has done all it was asked to do."
-    if device.type == "cuda": torch.cuda.synchronize()
+    if device.type != "cpu":
+        torch.accelerator.synchronize()
     return time.perf_counter()
 
 def loss_of(model, batch):
@@ -111,14 +112,14 @@ def time_ms(model, batch, optimizers=()):
 # %% ../nbs/10_benchmarks.ipynb #c016
 def peak_mib(
     compute,       # function without arguments
-    device="cpu",  # "cpu" or "cuda"
+    device="cpu",  # "cpu", or the type of an accelerator
 ):                 # MiB
     "Most memory there was at any moment of `compute()`, above what there was before."
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
+    if device != "cpu":
+        torch.accelerator.reset_peak_memory_stats()
+        before = torch.accelerator.memory_allocated()
         compute()
-        return (torch.cuda.max_memory_allocated() - before) / 2**20
+        return (torch.accelerator.max_memory_allocated() - before) / 2**20
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record: compute()
     sizes = [event.nbytes() for event in record.profiler.kineto_results.events() if event.name() == "[memory]"]   # + taken, - given back
     return max(accumulate(sizes, initial=0)) / 2**20
@@ -149,7 +150,7 @@ def measure(
     config,         # MiniKLConfig
     docs,           # list of 1-D id tensors
     repeats=3,      # timed steps of each arm
-    device="cpu",   # "cpu" or "cuda"
+    device="cpu",   # torch.device, or its name
     arms=LAYOUTS,   # {name: layout}, "padded" among them
 ):                  # {name: {n_tokens, forward_ms, loss_ms, backward_ms, step_ms, total_ms, spread, tokens_per_s, memory_mib, speed_up, smaller, ideal}}
     "Race layouts of the same documents through one model, in turns. `total_ms` is without the optimizer step. `UserError` if they do not compute the same."
@@ -253,6 +254,7 @@ def main(argv=None):
     add("--kv_heads", type=int, nargs="+", default=[8, 2], help="key heads (of 8 heads) to race: 8 is MHA, 2 is GQA, 1 is MQA")
     add("--repeats", type=int, default=3, help="timed steps of each arm, after one that warms up")
     add("--seed", type=int, default=0, help="draws lengths and documents")
+    add("--device", default="auto", help="where to compute: cpu, cuda, mps; auto: an accelerator if there is one")
     add("--images", default=str(Path(minikl.__file__).resolve().parent.parent / "images"), help="folder for the pictures")
     with one_line_errors(): race(parser.parse_args(argv))
 
@@ -263,13 +265,16 @@ def poem_lengths(n_docs, seed=0):
 
 def race(options):
     "Measure, print, draw."
-    cuda, quick = torch.cuda.is_available(), options.quick
+    device, quick = pick_device(options.device), options.quick
+    name = "CPU; nothing here is measured on a GPU" if device.type == "cpu" else device.type
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name()
     size, n_docs = (dict(d_model=128, num_layers=2), 32) if quick else (dict(d_model=512, num_layers=4), 64)
-    where, lengths, results = f"{'cuda' if cuda else 'cpu'}, fp32, d_model {size['d_model']}, {size['num_layers']} layers", zipf_lengths(n_docs, 256, options.seed), []
-    print(f"{torch.cuda.get_device_name() if cuda else 'CPU; nothing here is measured on a GPU'}, {torch.get_num_threads()} threads, torch {torch.__version__}, median of {options.repeats}\n{where}")
+    where, lengths, results = f"{device.type}, fp32, d_model {size['d_model']}, {size['num_layers']} layers", zipf_lengths(n_docs, 256, options.seed), []
+    print(f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}, median of {options.repeats}\n{where}")
     def run(chosen, kv_heads=options.kv_heads[0], arms=LAYOUTS, **size):
         config = MiniKLConfig(num_heads=8, num_kv_heads=kv_heads, vocab_size=5000, **size)
-        return measure(config, random_docs(chosen, 5000, options.seed), options.repeats, "cuda" if cuda else "cpu", arms)
+        return measure(config, random_docs(chosen, 5000, options.seed), options.repeats, device, arms)
     sets = [("Zipf lengths", lengths, kv_heads) for kv_heads in options.kv_heads]
     sets += [("poems", poem_lengths(32, options.seed), options.kv_heads[0]), ("few, short, all different", list(range(4, 20)), options.kv_heads[0])]
     for title, chosen, kv_heads in sets:

@@ -19,7 +19,7 @@ from torch.nn.utils.rnn import pad_sequence
 from minikl.attention import KVCache
 from minikl.data import encode_prompt
 from minikl.files import OneLineParser, UserError, one_line_errors
-from minikl.model import MiniKL
+from minikl.model import MiniKL, pick_device
 from minikl.tokenizer import Tokenizer
 
 # %% ../nbs/09_generate.ipynb #c025
@@ -55,9 +55,11 @@ def choose(
 ):                    # (batch)
     "Draw the next token of each row."
     if temperature < 1e-6: return logits.argmax(-1)   # so cold that nothing else is ever drawn
-    ends = narrow(logits, temperature, **cuts).double().cumsum(-1)   # where the stretch of each token ends
-    darts = torch.tensor([[random.random()] for random in randoms], dtype=torch.double, device=ends.device) * ends[:, -1:]
-    return torch.searchsorted(ends, darts, right=True).squeeze(-1)
+    shares = narrow(logits, temperature, **cuts).cpu().double()   # not every accelerator has float64
+    ends = shares.cumsum(-1)                                      # where the stretch of each token ends
+    thrown = torch.tensor([[random.random()] for random in randoms], dtype=torch.double)
+    drawn = torch.searchsorted(ends, thrown * ends[:, -1:], right=True)
+    return drawn.squeeze(-1).to(logits.device)
 
 # %% ../nbs/09_generate.ipynb #c036
 def generate_batch(
@@ -131,6 +133,7 @@ def main(argv=None):
     add("--top_p", type=float, default=0.95, help="draw from the likeliest that together have this probability")
     add("--min_p", type=float, default=0.0, help="draw from those at least this share as likely as the likeliest; 0: all")
     add("--seed", type=int, default=0, help="the same seed draws the same text; further samples take the seeds that follow")
+    add("--device", default="auto", help="where to compute: cpu, cuda, mps; auto: an accelerator if there is one")
     add("--num_samples", type=int, default=1, help="texts to write for each prompt")
     with one_line_errors():
         options = parser.parse_args(argv)
@@ -147,7 +150,7 @@ def load(options):
         if not fine: raise UserError(f"--{name}={getattr(options, name)}: expected {expected}")
     path = Path(options.model_path)
     folder = path.parent if path.suffix == ".safetensors" else path
-    model = MiniKL.load(path, "cuda" if torch.cuda.is_available() else "cpu").eval()
+    model = MiniKL.load(path, pick_device(options.device)).eval()
     tokenizer = Tokenizer.load(options.vocab_dict_path or folder / "vocab_dict.json")
     if len(tokenizer) != model.config.vocab_size: raise UserError(f"the vocabulary has {len(tokenizer)} tokens, the model {model.config.vocab_size}: they were not trained together")
     return model, tokenizer
