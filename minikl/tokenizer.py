@@ -10,9 +10,7 @@ __all__ = ['SPLIT', 'SPECIAL_TOKENS', 'BYTE_TOKENS', 'CONTROL', 'LETTER', 'NUMBE
 # %% ../nbs/01_tokenizer.ipynb #c003
 import heapq
 import json
-import os
 import random
-import tempfile
 from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain, count, groupby, pairwise
@@ -379,6 +377,13 @@ def encode_longest_match(
 @patch
 def save(self: Tokenizer, path):
     "Write the vocabulary as plain JSON, {token: id}, whole or not at all."
+    halves = r"[\ud800-\udbff][\udc00-\udfff]"   # JSON makes one character of them
+    joined = next((token for token in self.vocab if regex.search(halves, token)), None)
+    if joined is not None:
+        raise UserError(
+            f"{path}: JSON cannot hold the token {joined!r}, "
+            "two halves of a surrogate pair; make it the one character they stand for"
+        )
     write_atomically(path, json.dumps(self.vocab, ensure_ascii=False, indent=0))
 
 @patch(cls_method=True)
@@ -387,14 +392,28 @@ def load(
     path,  # JSON file {token: id}: ours, or anyone's
 ):         # Tokenizer
     "Read a vocabulary. `UserError` names the file and what is wrong with it."
-    try: vocab = json.loads(Path(path).read_text(encoding="utf-8"))
-    except ValueError as error: raise UserError(f"{path}: not a JSON file: {error}") from None
+    try:
+        vocab = json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path}: not a JSON file: {error}") from None
+    except RecursionError:
+        raise UserError(f"{path}: not a vocabulary: too many nested brackets") from None
     if not isinstance(vocab, dict) or not vocab:
-        raise UserError(f"{path}: expected a JSON object {{token: id, …}}, found {'an empty one' if vocab == {} else type(vocab).__name__}")
+        found = "an empty one" if vocab == {} else type(vocab).__name__
+        raise UserError(
+            f"{path}: expected a JSON object {{token: id, …}}, found {found}"
+        )
     wrong = next((token for token, i in vocab.items() if type(i) is not int), None)
-    if wrong is not None: raise UserError(f"{path}: the id of {wrong!r} is {vocab[wrong]!r}; expected a whole number")
+    if wrong is not None:
+        raise UserError(
+            f"{path}: the id of {wrong!r} is {vocab[wrong]!r}; expected a whole number"
+        )
     missing = set(range(len(vocab))) - set(vocab.values())
-    if missing: raise UserError(f"{path}: {len(vocab)} tokens need the ids 0 … {len(vocab) - 1}, each once; id {min(missing)} is missing")
+    if missing:
+        raise UserError(
+            f"{path}: {len(vocab)} tokens need the ids 0 … {len(vocab) - 1}, "
+            f"each once; id {min(missing)} is missing"
+        )
     return cls(vocab)
 
 # %% ../nbs/01_tokenizer.ipynb #d053fe74
@@ -404,6 +423,12 @@ def save_huggingface(
     path,  # tokenizer.json
 ):
     "Write what Hugging Face's `tokenizers` and `transformers` read. They give the same ids, but take text that looks like a special token for one."
+    half = next((token for token in self.vocab if regex.search(r"\p{Cs}", token)), None)
+    if half is not None:
+        raise UserError(
+            f"{path}: not written: the token {half!r} holds half a surrogate pair, "
+            "which Hugging Face's tokenizers cannot read; take it out of the vocabulary"
+        )
     added = [dict(id=i, content=token, single_word=False, lstrip=False, rstrip=False, normalized=False, special=True) for token, i in self.special.items()]
     write_atomically(path, json.dumps(dict(
         version="1.0", truncation=None, padding=None, added_tokens=added, normalizer=None, post_processor=None,
