@@ -1,0 +1,309 @@
+"minikl.report: whatever stands in the files, a page or one line that says what is wrong."
+import json
+import math
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from minikl import files, report
+from minikl.files import UserError
+from minikl.report import FEWEST, diagnose, facts, main, read_run, write_report
+
+
+def line(i, **changes):
+    "The i-th line of a healthy run."
+    bits = 1 + math.exp(-i)
+    found = {
+        "step": i, "tokens": 100 * i, "seconds": 0.1 * i, "loss": 2 * bits,
+        "gradient_norm": 0.5, "lr": 0.02, "tokens_per_s": 1000.0,
+        "train_bits_per_char": bits, "padding": 0.0,
+    }
+    return found | changes
+
+
+def evaluation(i, bits=1.01):
+    return {"step": i, "seconds": 0.1 * i, "bits_per_char": bits}
+
+
+def sample(i, text="月"):
+    return {"step": i, "prompt": "明", "text": text}
+
+
+SETTINGS = {
+    "command": "train.py",
+    "options": {"clip": 1.0, "vocab_size": 600},
+    "baselines": {"bigram": 2.0, "xz": 3.0, "entropy of the grammar": 1.0},
+    "documents": {"unknown": 0, "tokens": 1000},
+    "parameters": 1000,
+}
+
+
+def write(folder, metrics=None, samples=None, settings=SETTINGS, ending=""):
+    "The files of a run of twenty lines, or with other lines (dict, or bytes as they are)."
+    metrics = [line(i) for i in range(1, 21)] + [evaluation(20)] if metrics is None else metrics
+    samples = [sample(10), sample(20)] if samples is None else samples
+    folder.mkdir(exist_ok=True)
+    for name, lines in (("metrics", metrics), ("samples", samples)):
+        data = [x if isinstance(x, bytes) else json.dumps(x).encode() for x in lines]
+        (folder / f"{name}.jsonl{ending}").write_bytes(b"".join(x + b"\n" for x in data))
+    if not ending:
+        text = settings if isinstance(settings, bytes) else json.dumps(settings).encode()
+        (folder / "run.json").write_bytes(text)
+    return folder
+
+
+def refused(capsys, *arguments):
+    "The one line on stderr with which the script ends."
+    with pytest.raises(SystemExit) as ended:
+        main(list(map(str, arguments)))
+    found = capsys.readouterr()
+    assert ended.value.code == 2 and found.out == "", found
+    assert found.err.startswith("error: ") and found.err.count("\n") == 1, found.err
+    return found.err
+
+
+def test_a_good_run_has_a_page(tmp_path, capsys):
+    main([str(write(tmp_path / "out"))])
+    assert "Nothing conspicuous" in capsys.readouterr().out
+    assert "明" in (tmp_path / "out/report.html").read_text(encoding="utf-8")
+
+
+BAD_LINES = [
+    b"5", b"wrong", b'{"loss": 1}', b"[" * 100_000, b"\xff\xfe", b"null", b"[1]", b'"x"', b"",
+    b"1" * 5000, json.dumps(line(3, step="3")).encode(), json.dumps(line(3, tokens=None)).encode(),
+    json.dumps(line(3, loss=math.nan)).encode(), json.dumps(line(3, lr=math.inf)).encode(),
+    json.dumps(line(3, gradient_norm=1e308)).encode(), json.dumps(line(3, padding=True)).encode(), json.dumps(line(3, seconds=10**400)).encode(),
+    b'{"step": 3, "bits_per_char": "one"}', b'{"bits_per_char": 1}',
+    b'{"a": ' * 30 + b"1" + b"}" * 30,
+]
+
+
+@pytest.mark.parametrize("bad", BAD_LINES, ids=lambda bad: repr(bad[:30]))
+def test_a_damaged_line_is_named(tmp_path, capsys, bad):
+    good = [line(i) for i in range(1, 21)]
+    out = write(tmp_path / "out", [*good[:2], bad, *good[3:]])
+    said = refused(capsys, out)
+    assert f"{out}/metrics.jsonl: line 3: " in said and "expected" in said
+    assert not (out / "report.html").exists()
+
+
+@pytest.mark.parametrize("bad", [b"{}", b"3", b'{"step": 1, "prompt": 1, "text": "x"}', b"x"])
+def test_a_damaged_sample_is_named(tmp_path, capsys, bad):
+    out = write(tmp_path / "out", samples=[sample(10), bad, sample(20)])
+    assert f"{out}/samples.jsonl: line 2: " in refused(capsys, out)
+
+
+def test_a_last_line_that_was_cut_off_is_left_out(tmp_path):
+    out = write(tmp_path / "out", ending=".running")
+    with open(out / "metrics.jsonl.running", "ab") as file:
+        file.write('{"step": 21, "text": "明'.encode()[:-1])
+    run = read_run(out)
+    assert (run.finished, len(run.training), run.settings) == (False, 20, {})
+    write_report([out])
+
+
+@pytest.mark.parametrize("bad", [b"null", b"[1]", b'"x"', b"{", b"", b"\xff", b"[" * 100_000])
+def test_a_damaged_run_json_is_named(tmp_path, capsys, bad):
+    out = write(tmp_path / "out", settings=bad)
+    assert f"{out}/run.json: expected a JSON object" in refused(capsys, out)
+
+
+STRANGE_SETTINGS = [
+    {}, {"options": [1], "baselines": [2], "documents": 3, "parameters": "many"},
+    {"options": {"clip": "1", "vocab_size": 1}, "documents": {"unknown": 0, "tokens": 0}},
+    {"options": {"clip": 0, "vocab_size": "x"}, "documents": {"unknown": "a", "tokens": []}},
+    {"options": {"clip": -1, "vocab_size": -5}, "documents": {"tokens": 5}},
+    {"baselines": {"bigram": "2", "xz": 0, "x": None, "y": -1, "z": 10**400, "n": math.nan}},
+    {"baselines": {"\ud83d": 2.0, "$x$ <b>": 2.0, "": 1.0, "_a": 3.0, "\0\x1b\n": 1.5}},
+    {"command": "\ud83d", "data": ["\udcff"], "parameters": 10**400, "options": None},
+]
+
+
+@pytest.mark.parametrize("settings", STRANGE_SETTINGS)
+def test_strange_settings_are_left_out(tmp_path, settings):
+    write_report([write(tmp_path / "out", settings=settings)])
+
+
+@pytest.mark.parametrize("values", [
+    {"gradient_norm": 0.0}, {"train_bits_per_char": 0.0, "loss": 0.0}, {"tokens_per_s": 0.0},
+    {"gradient_norm": math.inf}, {"tokens": 0}, {"train_bits_per_char": 1e-320},
+    {"train_bits_per_char": -1.0}, {"tokens": 1e39}, {"lr": 1e39, "tokens_per_s": -1e39},
+    {"gradient_norm": 1e39}, {"train_bits_per_char": 1e39}, {"step": 10**39},
+])
+def test_strange_numbers_have_a_page(tmp_path, values):
+    metrics = [line(i, **values) for i in range(1, 21)] + [evaluation(20)]
+    write_report([write(tmp_path / "out", metrics)])
+
+
+@pytest.mark.parametrize("bits", [0.0, 0, math.nan, math.inf, -math.inf, 1e39, 1e-320, -1])
+def test_strange_evaluations_have_a_page(tmp_path, bits):
+    metrics = [line(i) for i in range(1, 21)] + [evaluation(10), evaluation(20, bits)]
+    settings = SETTINGS if bits else {}
+    write_report([write(tmp_path / "out", metrics, settings=settings)])
+
+
+@pytest.mark.parametrize("n", [1, 2, FEWEST - 1, FEWEST])
+def test_a_short_run_has_a_page(tmp_path, n):
+    out = write(tmp_path / "out", [line(i) for i in range(1, n + 1)], [], {})
+    write_report([out])
+    assert ("short" in diagnose(read_run(out))) == (n < FEWEST)
+
+
+def test_a_run_without_training_is_refused(tmp_path, capsys):
+    for metrics in ([], [b"{}"], [evaluation(3)]):
+        out = write(tmp_path / "out", metrics)
+        assert "no metrics.jsonl with a line of training" in refused(capsys, out)
+
+
+def test_surrogates_in_texts_and_names(tmp_path, capsys):
+    nasty = write(tmp_path / os.fsdecode(b"\xff $x$ <b>"), samples=[sample(1, "\ud83d")])
+    main([str(nasty), str(write(tmp_path / "b"))])
+    page = (nasty / "report.html").read_text(encoding="utf-8")
+    assert "\\ud83d" in page and "\\udcff" in page and "<b>" not in page
+
+
+@pytest.mark.parametrize("name", ["", "nowhere", "file", "nul\0", "\ud83d", "x" * 5000])
+def test_no_folder_is_one_line(tmp_path, monkeypatch, capsys, name):
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "here")
+    shutil.copytree(tmp_path / "here", tmp_path, dirs_exist_ok=True)   # '' is not '.'
+    (tmp_path / "file").write_text("x")
+    assert refused(capsys, name)
+    assert not (tmp_path / "report.html").exists()
+
+
+def test_a_folder_that_cannot_be_written_is_one_line(tmp_path, monkeypatch, capsys):
+    first, second = write(tmp_path / "a"), write(tmp_path / "b")
+    monkeypatch.setattr(report, "svg", fast_svg)
+    main([str(first), str(second)])
+    capsys.readouterr()
+    assert (first / "report.html").exists() and not (second / "report.html").exists()
+    (second / "report.html").mkdir()   # something that no file can replace
+    assert "report.html" in refused(capsys, second, first)
+
+    def forbidden(dir, prefix):
+        raise PermissionError(13, "Permission denied", f"{dir}/{prefix}x")
+    monkeypatch.setattr(files.tempfile, "mkstemp", forbidden)
+    assert "Permission denied" in refused(capsys, first)
+
+
+def test_one_of_several_folders_is_damaged(tmp_path, capsys):
+    good, bad = write(tmp_path / "a"), write(tmp_path / "b", [line(1), b"5"])
+    assert f"{bad}/metrics.jsonl: line 2: " in refused(capsys, good, bad)
+    assert not (good / "report.html").exists()
+
+
+def checkpoint(out, place, step, state):
+    path = out / place / f"step-{step:08}" / "state.json"
+    path.parent.mkdir(parents=True)
+    path.write_text(state if isinstance(state, str) else json.dumps(state))
+
+
+def test_settings_of_a_run_under_way(tmp_path):
+    out = write(tmp_path / "out", ending=".running")
+    assert read_run(out).settings == {}
+    first = [line(1)]
+    checkpoint(out, "checkpoints", 90, {"lines": [line(2)], "settings": {"run": "before"}})
+    assert read_run(out).settings == {}
+    checkpoint(out, "checkpoints", 5, {"lines": first, "settings": {"run": "old version"}})
+    assert read_run(out).settings == {"run": "old version"}
+    checkpoint(out, "checkpoints.running", 2, {"lines": [], "settings": {"run": 2}})
+    checkpoint(out, "checkpoints.running", 10, {"lines": first, "settings": {"run": 10}})
+    assert read_run(out).settings == {"run": 10}
+    checkpoint(out, "checkpoints.running", 20, "{")
+    checkpoint(out, "checkpoints.running", 30, "[" * 100_000)
+    checkpoint(out, "checkpoints.running", 40, {"settings": 5})
+    assert read_run(out).settings == {"run": 10}
+    write(out)
+    for path in out.glob("*.running"):
+        path.unlink() if path.is_file() else None
+    assert read_run(out).settings == SETTINGS
+
+
+def test_last_step_is_that_of_the_last_line(tmp_path):
+    metrics = [*(line(i) for i in range(1, 11)), evaluation(10), *(line(i) for i in range(11, 21))]
+    out = write(tmp_path / "out", metrics, ending=".running")
+    assert facts(read_run(out)).last_step == 20
+    assert "step 20;" in diagnose(read_run(out))["unfinished"][0]
+
+
+def damage(data, chance):
+    "Some bytes with one thing wrong."
+    kind, at = chance.randrange(6), chance.randrange(len(data) + 1)
+    tokens = [
+        b"null", b"5", b"NaN", b"Infinity", b"-1e999", b'"x"', b"{}", b"[1]", b"\xff", b"\n", b"0",
+        b"true", b"1e-320", b'"\\ud83d"', b"[" * 3000, b"9" * 400, b",", b"}", b"-1",
+    ]
+    if kind == 0:   # one byte
+        return data[:at] + bytes([chance.randrange(256)]) + data[at + 1:]
+    if kind == 1:   # cut off
+        return data[:at]
+    if kind == 2:   # something put in
+        return data[:at] + chance.choice(tokens) + data[at:]
+    if kind == 3:   # a piece gone
+        return data[:at] + data[at + chance.randrange(1, 60):]
+    lines = data.split(b"\n")
+    i = chance.randrange(len(lines))
+    if kind == 4:   # another line
+        lines[i] = chance.choice(tokens)
+    else:           # another value in a line
+        fields = lines[i].split(b", ")
+        j = chance.randrange(len(fields))
+        name, colon, value = fields[j].partition(b": ")
+        closing = value[len(value.rstrip(b"}]")):]
+        fields[j] = name + colon + chance.choice(tokens) + closing
+        lines[i] = b", ".join(fields)
+    return b"\n".join(lines)
+
+
+def test_no_damage_ends_in_a_traceback(tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "svg", fast_svg)
+    good = write(tmp_path / "good")
+    chance, refusals, pages = random.Random(0), 0, 0
+    for number in range(400):
+        out = shutil.copytree(good, tmp_path / "out", dirs_exist_ok=True)
+        for _ in range(chance.randrange(1, 3)):
+            path = out / chance.choice(["metrics.jsonl", "samples.jsonl", "run.json"])
+            path.write_bytes(damage(path.read_bytes(), chance))
+        try:
+            write_report([out])
+            pages += 1
+        except UserError as error:
+            assert "\n" not in str(error) and str(out) in str(error), number
+            refusals += 1
+    assert refusals > 50 and pages > 50
+
+
+def fast_svg(draw, *arguments):
+    "Draw on every 20th damaged run only: a page has five drawings, which take a second."
+    fast_svg.calls = getattr(fast_svg, "calls", 0) + 1
+    return SVG(draw, *arguments) if fast_svg.calls // 5 % 20 == 0 else ""
+
+
+SVG = report.svg
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals")
+def test_ctrl_c_during_imports_is_silent(tmp_path):
+    (tmp_path / "numpy.py").write_text(
+        "import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(60)\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
+    for how in ([report.__file__], ["-m", "minikl.report"]):
+        done = subprocess.run([sys.executable, *how], capture_output=True, text=True,
+                              env=environment, cwd=tmp_path, timeout=50)
+        assert (done.returncode, done.stderr) == (-signal.SIGINT, "")
+
+
+def test_main_gives_ctrl_c_back(tmp_path, monkeypatch):
+    before = signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        main([str(write(tmp_path / "out"))])
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
