@@ -1,4 +1,11 @@
-"The poetry corpus, if it can be had; and a last line that counts."
+"""What all tests share: scripts called here or as processes, and a last line that counts.
+
+`make test` runs the tests side by side (pytest-xdist); `python -m pytest tests` runs
+them one after the other. `--long` adds those that take minutes.
+"""
+import faulthandler
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -6,33 +13,148 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+os.environ.setdefault("TQDM_DISABLE", "1")   # before minikl is imported
+
+LONGEST = (   # parts of names of tests that take long, in this order: they begin first
+    "lesson_runs[13", "lesson_runs[01", "lesson_runs[12", "lesson_runs[08_",
+    "lesson_runs[08b", "lesson_runs[14", "lesson_runs[07", "soak_notices",
+    "killed_runs", "lesson_runs[10", "lesson_runs[09", "site_has", "lesson_runs",
+    "each_host_reads", "wheel", "compiled_blocks", "two_processes", "hosts",
+    "checkpoint_goes_on", "any_jsonl", "plan_measures", "without_network", "ctrl_c",
+)
+
+
+def pytest_addoption(parser):
+    parser.addoption("--long", action="store_true", help="run the tests of minutes too")
+
+
+def is_worker(config):
+    return hasattr(config, "workerinput")
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "long: takes minutes, and runs under --long only")
+    if is_worker(config):   # the cores are shared with its neighbours
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 def pytest_sessionstart(session):
-    "Build the poetry corpus once, so that lessons that run side by side find it."
+    "Build the poetry corpus once, before lessons that run side by side want it."
+    session.config.no_poetry = ""
+    if is_worker(session.config):
+        return
     build = "from minikl.data import build_poetry; build_poetry()"
-    session.config.poetry = subprocess.run([sys.executable, "-c", build], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", build], cwd=ROOT, capture_output=True, text=True
+    )
+    if done.returncode:
+        session.config.no_poetry = done.stderr.strip().splitlines()[-1]
+
+
+def pytest_collection_modifyitems(config, items):
+    "Leave out what takes minutes. Side by side, the longest begin first."
+    if not config.getoption("--long"):
+        long = [item for item in items if item.get_closest_marker("long")]
+        items[:] = [item for item in items if item not in long]
+        config.hook.pytest_deselected(items=long)
+    if is_worker(config):
+        items.sort(key=place)
+
+
+def place(item):
+    "The place of a test in LONGEST, or after all of them."
+    found = (i for i, part in enumerate(LONGEST) if part in item.name)
+    return next(found, len(LONGEST))
+
+
+@pytest.fixture
+def script(capfd):
+    "Call a script without a process: script(train.main, '--max_steps=3')."
+    import torch
+
+    def call(main, *arguments):   # CompletedProcess
+        handlers = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
+        threads = torch.get_num_threads()
+        capfd.readouterr()
+        code = 0
+        try:
+            main([*map(str, arguments)])
+        except SystemExit as end:
+            code = end.code or 0
+        finally:
+            torch.set_num_threads(threads)
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+            if hasattr(signal, "SIGUSR1"):
+                faulthandler.unregister(signal.SIGUSR1)
+        return subprocess.CompletedProcess(arguments, code, *capfd.readouterr())
+
+    return call
 
 
 @pytest.fixture(scope="session")
 def python():
-    "Run Python in the root of the project: python('minikl/train.py', '--max_steps=3') → CompletedProcess."
-    def call(*arguments, cwd=ROOT, **options):
-        return subprocess.run([sys.executable, *map(str, arguments)], cwd=cwd, capture_output=True, text=True, timeout=600, **options)
+    "Run Python in the root of the project: python('minikl/train.py', …)."
+    def call(*arguments, cwd=ROOT, **options):   # CompletedProcess
+        return subprocess.run(
+            [sys.executable, *map(str, arguments)],
+            cwd=cwd, capture_output=True, text=True, timeout=600, **options,
+        )
     return call
 
 
 @pytest.fixture(scope="session")
 def torchrun(python):
     "The same under torchrun with two processes."
-    return lambda *arguments, **options: python("-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", *arguments, **options)
+    launcher = ("-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone")
+
+    def call(*arguments, **options):   # CompletedProcess
+        return python(*launcher, *arguments, **options)
+
+    return call
+
+
+@pytest.fixture
+def two(tmp_path_factory):
+    "train.main in two processes, as torchrun starts it but without its launcher."
+    from two_processes import run
+
+    def call(*arguments):   # CompletedProcess
+        return run(map(str, arguments), tmp_path_factory.mktemp("two"))
+
+    return call
+
+
+@pytest.fixture(scope="session")
+def once(tmp_path_factory):
+    "Make a folder once, whoever of the workers comes first: once('name', make)."
+    from filelock import FileLock
+    base = tmp_path_factory.getbasetemp()
+    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+    def call(name, make):   # Path; `make` fills the empty folder that it is given
+        folder = shared / name
+        with FileLock(shared / f"{name}.lock"):
+            if not folder.exists():
+                unfinished = tmp_path_factory.mktemp(name)
+                make(unfinished)
+                unfinished.rename(folder)
+        return folder
+
+    return call
 
 
 def pytest_unconfigure(config):
     "What was left out and why, and the line that continuous integration counts."
     reporter = config.pluginmanager.get_plugin("terminalreporter")
-    if not reporter: return
-    count = lambda *kinds: sum(len(reporter.stats.get(kind, [])) for kind in kinds)
+    if is_worker(config) or not reporter:
+        return
+
+    def count(*kinds):
+        return sum(len(reporter.stats.get(kind, [])) for kind in kinds)
+
+    reason = getattr(config, "no_poetry", "")
+    if reason:
+        print(f"\nno poetry corpus, so lessons skipped their poetry parts: {reason}")
     skipped = f", {count('skipped')} skipped" if count("skipped") else ""
-    if config.poetry.returncode: print(f"\nno poetry corpus, so lessons skipped their poetry parts: {config.poetry.stderr.strip().splitlines()[-1]}")
     print(f"\n{count('passed')} passed, {count('failed', 'error')} failed{skipped}")

@@ -1,0 +1,51 @@
+"""Two processes of one run, without torchrun.
+
+A server imports PyTorch once and forks itself for each process, where that is possible:
+a run starts in a tenth of a second instead of several.
+"""
+import multiprocessing
+import os
+import socket
+import subprocess
+import sys
+
+WAYS = multiprocessing.get_all_start_methods()
+CONTEXT = multiprocessing.get_context("forkserver" if "forkserver" in WAYS else "spawn")
+CONTEXT.set_forkserver_preload(["minikl.train"])
+
+
+def run(
+    arguments,  # of the script minikl/train.py
+    folder,     # where what the processes print is kept
+):              # CompletedProcess; its exit code is the first that is not 0
+    "Train with two processes."
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    arguments = list(arguments)
+    ranks = [
+        CONTEXT.Process(target=begin, args=(rank, port, arguments, folder))
+        for rank in range(2)
+    ]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join(300)
+        process.kill()
+        process.join()
+    code = next((p.exitcode for p in ranks if p.exitcode), 0)
+    said = [(folder / name).read_text(encoding="utf-8") for name in ("out", "errors")]
+    return subprocess.CompletedProcess(arguments, code, *said)
+
+
+def begin(rank, port, arguments, folder):
+    "What each process does."
+    place = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=2, LOCAL_WORLD_SIZE=2)
+    place.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port, OMP_NUM_THREADS=1)
+    os.environ.update({name: str(value) for name, value in place.items()})
+    for stream, name in ((sys.stdout, "out"), (sys.stderr, "errors")):
+        file = os.open(folder / name, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(file, stream.fileno())
+        stream.reconfigure(encoding="utf-8")
+    from minikl.train import main
+    main(arguments)
