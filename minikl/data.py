@@ -255,9 +255,10 @@ def build_tokens(
     tokenizer,            # Tokenizer
     cache,                # folder for token files
     on_bad_line="error",  # or "skip"
-):                        # the folder cache/tokens-<fingerprint>
+):                        # the folder cache/tokens-<data>-<code>
     "Tokenize once, to disk. A folder appears only when it is complete; one that exists is reused."
-    folder = Path(cache) / f"tokens-{fingerprint(paths, tokenizer.vocab, on_bad_line)}"
+    data = plain_fingerprint(paths, tokenizer.vocab, on_bad_line)
+    folder = Path(cache) / f"tokens-{data}-{code_version()[:8]}"
     if folder.exists(): return folder
     with building(cache) as temporary:
         fresh = temporary / "tokens"
@@ -303,8 +304,7 @@ class TokenFile:
     ):
         folder = Path(folder)
         self.counts, sums = read_contents(folder)
-        total = hashlib.sha256("".join(sums.values()).encode())
-        self.name = f"tokens-{total.hexdigest()[:16]}"   # of the content
+        self.name = folder.name.rsplit("-", 1)[0]   # of data and vocabulary, whatever the code
         for name, (_, dtype) in COLUMNS.items():
             path = folder / name
             if not path.exists() or verify and file_sha256(path) != sums[name]:

@@ -169,7 +169,11 @@ def write_together(
     "Write files that belong together: all aside, then all into place."
     with building(folder) as aside:
         for name, data in files.items():
-            write_atomically(aside / name, data)
+            try:
+                write_atomically(aside / name, data)
+            except OSError as error:
+                error.filename = str(Path(folder) / name)   # not a name that will be gone
+                raise
         with signals_wait():
             for name in files:
                 os.replace(aside / name, Path(folder) / name)
