@@ -16,6 +16,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import regex
 import torch
 
 import minikl.data
@@ -153,18 +154,15 @@ def test_the_old_fingerprint_is_still_known(tmp_path):
     assert fingerprint(corpus, vocabulary, "error") != old
 
 
-def test_a_token_file_is_named_after_its_content(tmp_path):
+def test_a_token_file_is_named_after_data_and_vocabulary(tmp_path, monkeypatch):
+    "As in checkpoints of older versions; the folder is of the code, too."
     vocabulary = tokenizer("ab")
-    first = build_tokens(jsonl(tmp_path / "a.jsonl", "ab"), vocabulary, tmp_path / "1")
-    (tmp_path / "b.jsonl").write_text('{"text": "ab"}\n')   # other bytes, the same text
-    same = build_tokens(tmp_path / "b.jsonl", vocabulary, tmp_path / "2")
-    other = build_tokens(jsonl(tmp_path / "c.jsonl", "ba"), vocabulary, tmp_path / "3")
-    assert first.name != same.name
-    assert TokenFile(first).name == TokenFile(same).name != TokenFile(other).name
-    sums = json.loads((first / "meta.json").read_text(encoding="utf-8"))["sha256"]
-    joined = "".join(sums[name] for name in ("tokens", "ends", "n_chars", "fractions"))
-    expected = hashlib.sha256(joined.encode()).hexdigest()[:16]
-    assert TokenFile(first, verify=False).name == f"tokens-{expected}"
+    path = jsonl(tmp_path / "a.jsonl", "ab")
+    folder = build_tokens(path, vocabulary, tmp_path)
+    assert TokenFile(folder).name == f"tokens-{plain_fingerprint(path, vocabulary.vocab, 'error')}"
+    monkeypatch.setattr(minikl.tokenizer, "SPLIT", regex.compile(r"[a-z]|."))
+    edited = build_tokens(path, vocabulary, tmp_path)
+    assert edited != folder and TokenFile(edited).name == TokenFile(folder).name
 
 
 def test_without_verifying_no_column_is_hashed(tmp_path, monkeypatch):

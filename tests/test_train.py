@@ -1,0 +1,423 @@
+"""What may happen to a training run, and what it must not lose. All in this process.
+
+Runs here are as small as they can be: a model of a few thousand weights, 24 documents.
+"""
+import errno
+import json
+import os
+import shutil
+import signal
+
+import pytest
+import torch
+from conftest import ROOT
+
+from minikl import data, files, parallel, train, training
+from minikl.model import MiniKL
+
+OLD = ROOT / "tests" / "old_runs"
+RESULTS = (
+    "model.safetensors",
+    "config.json",
+    "vocab_dict.json",
+    "metrics.jsonl",
+    "samples.jsonl",
+    "loss.png",
+    "run.json",
+)
+SHAPE = "--d_model=8 --num_heads=2 --num_kv_heads=1 --num_layers=1 --max_seq_len=64".split()
+TINY = [*SHAPE, "--batch_size=4", "--log_every=1", "--threads=1"]
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path, monkeypatch):
+    "Caches of these tests go to a folder of their own."
+    monkeypatch.setattr(train, "DATA", tmp_path / "data")
+
+
+@pytest.fixture
+def run(script, tmp_path):
+    "run('name', *options) trains into tmp_path/name → CompletedProcess."
+    def call(name, *options):
+        out = tmp_path / name
+        given = [f"--data_jsonl_path={OLD}/data.jsonl", f"--vocab_dict_path={OLD}/vocab.json"]
+        return script(train.main, *TINY, "--max_steps=8", *given, f"--out_dir={out}", *options)
+    return call
+
+
+def well(done):
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def one_line(done, said, code=2):
+    "It ended with this exit code and one line that says this."
+    assert done.returncode == code, done.stdout + done.stderr
+    assert said in done.stderr and done.stderr.count("\n") == 1, done.stderr
+
+
+def everything(out):
+    "{path: bytes} of all that does not belong to a run under way."
+    paths = [path for path in out.rglob("*") if path.is_file() and path.name[0] != "."]
+    paths = [path for path in paths if "running" not in str(path.relative_to(out))]
+    return {str(path.relative_to(out)): path.read_bytes() for path in paths}
+
+
+def metrics(out):
+    "The lines of metrics.jsonl without what the clock has measured."
+    lines = [json.loads(line) for line in open(out / "metrics.jsonl", encoding="utf-8")]
+    clock = ("seconds", "tokens_per_s")
+    return [{k: v for k, v in line.items() if k not in clock} for line in lines]
+
+
+def result(out):
+    return metrics(out), *((out / name).read_bytes() for name in RESULTS[:3])
+
+
+def interrupt_at(monkeypatch, step, number):
+    "Send a signal to this process when a run takes this step."
+    take = train.Run.step
+    def stepping(self, i, progress):
+        if i == step:
+            signal.raise_signal(number)
+        return take(self, i, progress)
+    monkeypatch.setattr(train.Run, "step", stepping)
+
+
+# Nothing of a finished run is lost
+
+BAD_ENDS = {
+    "diverges": (["--seed=1", "--lr=1e30"], 2),
+    "refused": (["--seed=-1"], 2),
+    "ctrl-c": (["--seed=1"], 130),
+    "sigterm": (["--seed=1"], 143),
+    "full disk": (["--seed=1"], 2),
+}
+
+
+@pytest.mark.parametrize("end", BAD_ENDS)
+def test_a_new_run_that_ends_badly_leaves_a_finished_one_alone(end, run, tmp_path, monkeypatch):
+    well(run("out"))
+    before = everything(tmp_path / "out")
+    assert before.keys() >= {*RESULTS, "checkpoints/step-00000008/SHA256SUMS"}
+    options, code = BAD_ENDS[end]
+    if end in ("ctrl-c", "sigterm"):
+        number = signal.SIGINT if end == "ctrl-c" else signal.SIGTERM
+        interrupt_at(monkeypatch, 3, number)
+    if end == "full disk":
+        def full(*arguments):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        monkeypatch.setattr(files.os, "fsync", full)
+    done = run("out", *options, "--save_every=2")
+    assert done.returncode == code, done.stderr
+    assert everything(tmp_path / "out") == before
+
+
+def test_the_unfinished_run_goes_on_and_replaces_the_finished_one(run, tmp_path, monkeypatch):
+    well(run("out"))
+    with monkeypatch.context() as patched:
+        interrupt_at(patched, 5, signal.SIGINT)
+        assert run("out", "--seed=1").returncode == 130
+    one_line(run("out", "--seed=1"), "go on with it by --resume")
+    assert "continuing from" in well(run("out", "--seed=1", "--resume"))
+    well(run("other", "--seed=1"))
+    assert result(tmp_path / "out") == result(tmp_path / "other")
+    names = {path.name for path in (tmp_path / "out").iterdir() if path.name[0] != "."}
+    assert names == {*RESULTS, "checkpoints"}
+
+
+def test_without_the_files_called_running_yesterday_is_back(run, tmp_path, monkeypatch):
+    "Also where only one of them was deleted."
+    well(run("out"))
+    before = everything(tmp_path / "out")
+    with monkeypatch.context() as patched:
+        interrupt_at(patched, 5, signal.SIGINT)
+        run("out", "--seed=1")
+    shutil.rmtree(tmp_path / "out" / "checkpoints.running")
+    run("out", "--seed=1", "--lr=1e30")
+    assert everything(tmp_path / "out") == before
+
+
+def test_files_of_other_programs_are_left_alone(run, tmp_path):
+    for folder in ("checkpoints", "checkpoints.running"):
+        own = tmp_path / folder / folder / "thesis.txt"
+        own.parent.mkdir(parents=True)
+        own.write_text("years of work")
+        one_line(run(folder), f"{own} is not of a training run")
+        assert own.read_text() == "years of work"
+
+
+class Killed(BaseException):
+    "From here on nothing happens any more."
+
+
+def kill_after(monkeypatch, n):
+    "Let `n` operations that change names happen, and none after them."
+    done = []
+    def mortal(operation):
+        def call(*arguments, **options):
+            if len(done) >= n:
+                raise Killed
+            done.append(operation.__name__)
+            return operation(*arguments, **options)
+        return call
+    for name in ("rename", "replace", "unlink", "rmdir"):
+        monkeypatch.setattr(os, name, mortal(getattr(os, name)))
+    return done
+
+
+def test_a_kill_at_any_moment_of_the_end_is_mended_by_resume(run, tmp_path, monkeypatch):
+    "A model of another shape replaces the finished one; killed before every operation."
+    monkeypatch.setattr(train, "plot_run", lambda lines, compare, path: open(path, "wb").close())
+    wider = ["--num_kv_heads=2", "--seed=1"]
+    well(run("new", *wider))
+    well(run("old"))
+    finish, n, alive = train.RunFolder.finish, 0, False
+    while not alive:
+        out = tmp_path / f"out-{n}"
+        shutil.copytree(tmp_path / "old", out)
+        with monkeypatch.context() as patched:
+            def killed(self, results, patched=patched, n=n):
+                kill_after(patched, n)
+                finish(self, results)
+            patched.setattr(train.RunFolder, "finish", killed)
+            try:
+                alive = run(out.name, *wider).returncode == 0
+            except Killed:
+                pass
+        if not alive:
+            well(run(out.name, *wider, "--resume"))
+        assert result(out) == result(tmp_path / "new")
+        assert [path.name for path in (out / "checkpoints").glob("step-*")] == ["step-00000008"]
+        assert MiniKL.load(out).config.num_kv_heads == 2
+        n += 1
+    assert n > 12
+
+
+def test_two_runs_in_one_folder(run, tmp_path):
+    well(run("out"))
+    before = everything(tmp_path / "out")
+    with files.locked(tmp_path / "out"):
+        one_line(run("out", "--seed=1"), "another run is writing to this folder")
+        one_line(run("out", "--resume"), "another run is writing to this folder")
+    assert everything(tmp_path / "out") == before
+    assert "nothing to do" in well(run("out", "--resume"))
+
+
+# Resuming
+
+@pytest.mark.parametrize("kind", ["muon", "adamw"])
+def test_a_checkpoint_of_an_older_version_goes_on(kind, run, tmp_path):
+    "Written by the version before this one, in the middle of a run that was not finished."
+    out = tmp_path / kind
+    shutil.copytree(OLD / kind / "step-00000004", out / "checkpoints" / "step-00000004")
+    (out / "metrics.jsonl.running").touch()
+    said = well(run(kind, "--max_steps=12", f"--optimizer={kind}", "--save_every=4", "--resume"))
+    assert "continuing from" in said
+    found = [line["loss"] for line in metrics(out) if "loss" in line]
+    assert found == pytest.approx(json.loads((OLD / kind / "losses.json").read_text()), rel=1e-3)
+
+
+@pytest.mark.parametrize("options", [[], ["--optimizer=adamw"], ["--dtype=bf16"]])
+def test_a_stopped_run_goes_on_to_the_bit(options, run, tmp_path, monkeypatch):
+    well(run("whole", *options))
+    with monkeypatch.context() as patched:
+        interrupt_at(patched, 4, signal.SIGTERM)
+        assert run("out", *options).returncode == 143
+    well(run("out", *options, "--resume"))
+    assert result(tmp_path / "out") == result(tmp_path / "whole")
+
+
+def test_a_finished_run_is_extended(run, tmp_path):
+    well(run("out"))
+    before = everything(tmp_path / "out")
+    assert "nothing to do" in well(run("out", "--resume"))
+    assert everything(tmp_path / "out") == before
+    said = well(run("out", "--resume", "--max_steps=12"))
+    assert "max_steps=12, there 8" in said and "71% of it is done" in said
+    lines = [line for line in metrics(tmp_path / "out") if "loss" in line]
+    assert [line["step"] for line in lines] == [*range(1, 13)]
+    assert lines[8]["lr"] > lines[7]["lr"]
+    one_line(run("out", "--resume", "--max_steps=20", "--seed=1"), "is of another run: seed=1")
+
+
+def test_an_extension_that_is_killed_at_once_still_extends(run, tmp_path, monkeypatch):
+    well(run("out"))
+    with monkeypatch.context() as patched:
+        def dies(self, *arguments):
+            raise Killed
+        patched.setattr(train.Run, "step", dies)
+        with pytest.raises(Killed):
+            run("out", "--resume", "--max_steps=12")
+    assert "continuing from" in well(run("out", "--resume", "--max_steps=12"))
+    assert metrics(tmp_path / "out")[-1]["step"] == 12
+
+
+@pytest.mark.parametrize("state", ["{}", "[]", "null", '{"settings": {"options": 1}}', "x", "[" * 10**5])
+def test_a_checkpoint_that_somebody_else_has_signed(state, run, tmp_path, monkeypatch):
+    interrupt_at(monkeypatch, 4, signal.SIGTERM)
+    run("out")
+    checkpoint = next((tmp_path / "out" / "checkpoints.running").glob("step-*"))
+    (checkpoint / "state.json").write_text(state)
+    (checkpoint / "SHA256SUMS").write_text(training.checksums(checkpoint))
+    one_line(run("out", "--resume"), f"{checkpoint}/state.json: not ")
+
+
+@pytest.mark.parametrize("name", ["model", "optimizers"])
+def test_a_checkpoint_with_other_tensors(name, run, tmp_path, monkeypatch):
+    interrupt_at(monkeypatch, 4, signal.SIGTERM)
+    run("out")
+    checkpoint = next((tmp_path / "out" / "checkpoints.running").glob("step-*"))
+    training.write_weights({"0.0.mean": torch.zeros(3)}, checkpoint / f"{name}.safetensors")
+    (checkpoint / "SHA256SUMS").write_text(training.checksums(checkpoint))
+    one_line(run("out", "--resume"), f"{checkpoint}/{name}.safetensors: ")
+
+
+# Text that is not text
+
+@pytest.fixture
+def half(tmp_path):
+    "Documents and a vocabulary with halves of emojis."
+    texts = ["\\ud83d风吹\\ud83d过", "雨\\ude00落", "花\\ud83d\\ud83d开"] * 8
+    lines = [f'{{"text": "{i}{text}"}}\n' for i, text in enumerate(texts)]
+    (tmp_path / "half.jsonl").write_text("".join(lines))
+    chars = sorted(set("0123456789风吹过雨落花开\ud83d\ude00"))
+    vocab = {token: i for i, token in enumerate(["<unk>", "<s>", "</s>", *chars])}
+    (tmp_path / "half.json").write_text(json.dumps(vocab))
+    return tmp_path
+
+
+@pytest.mark.parametrize("own_vocabulary", [True, False])
+def test_half_an_emoji_ends_no_run(own_vocabulary, half, script, monkeypatch):
+    out = half / "out"
+    options = [*TINY, "--max_steps=6", "--held_out=0.9", "--eval_every=2", f"--out_dir={out}"]
+    options += [f"--data_jsonl_path={half}/half.jsonl", "--vocab_size=300"]
+    if own_vocabulary:
+        options.append(f"--vocab_dict_path={half}/half.json")
+    with monkeypatch.context() as patched:
+        interrupt_at(patched, 4, signal.SIGTERM)
+        assert script(train.main, *options).returncode == 143
+    well(script(train.main, *options, "--resume"))
+    for name in ("metrics.jsonl", "samples.jsonl"):
+        for line in open(out / name, encoding="utf-8"):
+            json.loads(line)
+    vocab = json.loads((out / "vocab_dict.json").read_text(encoding="utf-8"))
+    assert ("\ud83d" in vocab) == own_vocabulary
+
+
+def test_names_and_prompts_that_are_not_utf8(run, tmp_path):
+    name = os.fsdecode(b"out-\xff")
+    well(run(name, f"--sample_prompts={os.fsdecode(b'A' + bytes([0xff]))}"))
+    assert "\\udcff" in (tmp_path / name / "run.json").read_text(encoding="utf-8")
+    assert json.loads((tmp_path / name / "run.json").read_text(encoding="utf-8"))
+
+
+# Mistakes and bugs
+
+ABSURD = {
+    "--batch_size=1000000000000": "batch_size=1000000000000: expected at least 1, and below",
+    "--threads=100000": "threads=100000: expected at least 0, and below 1024",
+    "--epochs=1.7e308": "epochs=1.7e+308: expected at least 0, and below",
+    "--seed=9223372036854775808": "seed=9223372036854775808: expected",
+    "--num_layers=1000000000": "num_layers=1000000000",
+    "--d_model=262144": "GiB to train here",
+    "--max_seq_len=10000000000000000000": "max_seq_len=",
+    "--norm_eps=-1": "norm_eps=-1",
+    "--norm_eps=nan": "norm_eps=nan",
+    "--out_dir=": "out_dir=''",
+    "--device=gpu": "device='gpu'",
+    "--device=cuda": "device='cuda'",
+    "--minutes=inf": "minutes=inf",
+    f"--data_jsonl_path={OLD}/data.jsonl {OLD}/data.jsonl": "without quotes it is 2 files",
+}
+
+
+@pytest.mark.parametrize("option", ABSURD)
+def test_absurd_options_are_refused_before_anything_is_allocated(option, run, tmp_path):
+    if option == "--device=cuda" and torch.cuda.is_available():
+        pytest.skip("this machine has it")
+    one_line(run("out", option), ABSURD[option])
+    assert not (tmp_path / "out" / "run.json").exists()
+
+
+@pytest.mark.parametrize("seed", [20250101123456, 2**63 - 1])
+def test_any_seed_trains(seed, run):
+    well(run("out", f"--seed={seed}", "--max_steps=2"))
+
+
+def test_a_bug_keeps_its_traceback(run, monkeypatch):
+    def broken(*arguments):
+        raise ValueError("a bug")
+    monkeypatch.setattr(train, "find_data", broken)
+    with pytest.raises(ValueError, match="a bug"):
+        run("out")
+
+
+def test_a_full_disk_is_not_no_network(script, tmp_path, monkeypatch):
+    "The toy corpus takes over where the corpus cannot be fetched, and only there."
+    def full():
+        raise OSError(errno.ENOSPC, "No space left on device", "poetry.jsonl")
+    monkeypatch.setitem(train.CORPORA, "poetry", full)
+    options = [*TINY, "--max_steps=2", "--vocab_size=300", f"--out_dir={tmp_path}/out"]
+    one_line(script(train.main, *options), "poetry.jsonl: No space left on device")
+    def unreachable():
+        raise data.CannotFetch("no route to host")
+    monkeypatch.setitem(train.CORPORA, "poetry", unreachable)
+    assert "no route to host. Training on the toy corpus" in well(script(train.main, *options))
+
+
+def test_a_signal_before_the_first_step(run, monkeypatch):
+    for number, code in ((signal.SIGTERM, 143), (signal.SIGINT, 130)):
+        def during(*arguments, number=number):
+            signal.raise_signal(number)
+        monkeypatch.setattr(train, "prepare", during)
+        one_line(run("out"), "finished runs are as they were", code)
+
+
+def test_documents_with_nothing_to_predict(script, tmp_path):
+    "One character each, and a vocabulary without <s> and </s>: not a perfect 0 bits."
+    lines = [f'{{"text": "{char}"}}\n' for char in "ab" * 20]
+    (tmp_path / "ab.jsonl").write_text("".join(lines))
+    (tmp_path / "ab.json").write_text('{"a": 0, "b": 1}')
+    given = [f"--data_jsonl_path={tmp_path}/ab.jsonl", f"--vocab_dict_path={tmp_path}/ab.json"]
+    done = script(train.main, *TINY, "--held_out=0.6", *given, f"--out_dir={tmp_path}/out")
+    one_line(done, "nothing to predict")
+
+
+def test_results_of_a_full_disk_name_the_file_and_come_with_resume(run, tmp_path, monkeypatch):
+    well(run("whole"))
+    with monkeypatch.context() as patched:
+        def full(weights, path, metadata=None):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        patched.setattr(train.MiniKL, "files", lambda self, weights: {
+            "model.safetensors": lambda path: full(weights, path)})
+        one_line(run("out"), f"{tmp_path}/out/model.safetensors: No space left on device")
+    well(run("out", "--resume"))
+    assert result(tmp_path / "out") == result(tmp_path / "whole")
+
+
+# Several processes, as far as one can tell in one
+
+def test_an_error_that_cannot_travel_is_still_told(monkeypatch):
+    class Odd(Exception):
+        def __init__(self, one, two):
+            super().__init__(one)
+    ranks = parallel.Ranks(threads=1)
+    def fails():
+        raise Odd("one", "two")
+    with pytest.raises(Odd):
+        ranks.once_per_host(fails)
+    shown = []
+    monkeypatch.setattr(parallel.Ranks, "all", lambda self, thing: [shown.append(thing), thing][1:])
+    with pytest.raises(Odd):
+        ranks.once_per_host(fails)
+    assert type(shown[0]) is RuntimeError and "Odd" in str(shown[0])
+
+
+def test_only_one_process_of_a_host_hashes_the_tokens(run, tmp_path, monkeypatch):
+    hashed = []
+    real = data.file_sha256
+    monkeypatch.setattr(data, "file_sha256", lambda path: hashed.append(path.name) or real(path))
+    well(run("out", "--max_steps=1"))
+    well(run("out-2", "--max_steps=1"))
+    assert hashed.count("tokens") == 2 + 1   # built and checked, then checked once
