@@ -7,6 +7,14 @@ __all__ = ['ARMS', 'PHASES', 'COLOURS', 'zipf_lengths', 'random_docs', 'Original
            'loss_of', 'time_ms', 'peak_mib', 'rehearse', 'check_equal', 'measure', 'table', 'save_plots', 'stretched',
            'save_curves', 'main', 'poem_lengths', 'race']
 
+# %% ../nbs/10_benchmarks.ipynb #s001
+import signal
+
+# %% ../nbs/10_benchmarks.ipynb #s002
+if __name__ == "__main__" and "__file__" in globals():   # Ctrl-C while PyTorch is loaded
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)   # ends the script without a traceback
+
 # %% ../nbs/10_benchmarks.ipynb #c002q
 __import__("os").environ["KINETO_LOG_LEVEL"] = "99"   # before torch: its profiler would chat on stderr
 
@@ -288,4 +296,7 @@ def race(options):
     save_curves(spread, sizes, options.images)
 
 # %% ../nbs/10_benchmarks.ipynb #c037
-if __name__ == '__main__' and '__file__' in globals(): main()
+if __name__ == "__main__" and "__file__" in globals():
+    if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    main()

@@ -5,11 +5,22 @@
 # %% auto #0
 __all__ = ['narrow', 'choose', 'generate_batch', 'generate', 'stream_text']
 
+# %% ../nbs/09_generate.ipynb #s001
+import signal
+
+# %% ../nbs/09_generate.ipynb #s002
+if __name__ == "__main__" and "__file__" in globals():   # Ctrl-C while PyTorch is loaded
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)   # ends the script without a traceback
+
 # %% ../nbs/09_generate.ipynb #c003
 import argparse
 import codecs
+import errno
 import math
-from itertools import takewhile, tee
+import os
+import sys
+from itertools import islice, takewhile, tee
 from pathlib import Path
 from random import Random
 
@@ -138,50 +149,111 @@ def main(argv=None):
     with one_line_errors():
         options = parser.parse_args(argv)
         model, tokenizer = load(options)
-        if options.interactive: converse(model, tokenizer, options)
-        else: write_samples(model, tokenizer, options, options.prompt)
+        if options.interactive:
+            converse(model, tokenizer, options)
+        else:
+            prompts = [as_text(prompt) for prompt in options.prompt]
+            write_samples(model, tokenizer, options, prompts)
 
 # %% ../nbs/09_generate.ipynb #c064
+MOST = 1_000_000   # samples, and new tokens, that may be asked for
+
 def load(options):
     "Check the options, load the model and its vocabulary."
-    for name, fine, expected in (("temperature", options.temperature >= 0, "0 or more"), ("top_k", options.top_k >= 0, "0 or more"),
-                                 ("top_p", 0 < options.top_p <= 1, "more than 0 and at most 1"), ("min_p", 0 <= options.min_p <= 1, "0 to 1"),
-                                 ("max_new_tokens", options.max_new_tokens >= 0, "0 or more"), ("num_samples", options.num_samples >= 1, "1 or more")):
-        if not fine: raise UserError(f"--{name}={getattr(options, name)}: expected {expected}")
+    for name, fits, expected in (
+        ("temperature", options.temperature >= 0, "0 or more"),
+        ("top_k", options.top_k >= 0, "0 or more"),
+        ("top_p", 0 < options.top_p <= 1, "more than 0 and at most 1"),
+        ("min_p", 0 <= options.min_p <= 1, "0 to 1"),
+        ("max_new_tokens", 0 <= options.max_new_tokens <= MOST, f"0 to {MOST}"),
+        ("num_samples", 1 <= options.num_samples <= MOST, f"1 to {MOST}"),
+    ):
+        if not fits:
+            raise UserError(f"--{name}={getattr(options, name)}: expected {expected}")
     path = Path(options.model_path)
     folder = path.parent if path.suffix == ".safetensors" else path
     model = MiniKL.load(path, pick_device(options.device)).eval()
     tokenizer = Tokenizer.load(options.vocab_dict_path or folder / "vocab_dict.json")
-    if len(tokenizer) != model.config.vocab_size: raise UserError(f"the vocabulary has {len(tokenizer)} tokens, the model {model.config.vocab_size}: they were not trained together")
+    n_tokens, wanted = len(tokenizer), model.config.vocab_size
+    if n_tokens != wanted:
+        raise UserError(
+            f"the vocabulary has {n_tokens} tokens, the model {wanted}: "
+            "they were not trained together"
+        )
     return model, tokenizer
+
+# %% ../nbs/09_generate.ipynb #s003
+def as_text(prompt):   # str that can be written
+    "A prompt as it was typed. `UserError` where its bytes are not UTF-8."
+    try:
+        prompt.encode("utf-8")
+        return prompt
+    except UnicodeEncodeError:   # bytes that this system's encoding does not know
+        pass
+    try:
+        return os.fsencode(prompt).decode("utf-8")
+    except UnicodeError:
+        raise UserError(f"the prompt {prompt!a:.80} is not UTF-8 text") from None
 
 # %% ../nbs/09_generate.ipynb #c064c
 def write_samples(model, tokenizer, options, prompts, group=16):
     "Print every sample of every prompt: the first of a group as it grows, the others when their turn comes."
-    def begin(jobs): return generate_batch(model, [encode_prompt(prompt, tokenizer) for prompt, _ in jobs], options.max_new_tokens, tokenizer.special.get("</s>"),
-        [seed for _, seed in jobs], temperature=options.temperature, top_k=options.top_k, top_p=options.top_p, min_p=options.min_p)
-    jobs = [(prompt, options.seed + i) for prompt in prompts for i in range(options.num_samples)]
-    groups = [jobs[i:i + group] for i in range(0, len(jobs), group)]
-    for jobs, steps in list(zip(groups, map(begin, groups))):   # a list: all are checked before the first is written
-        for row, ((prompt, _), own) in enumerate(zip(jobs, tee(steps, len(jobs)))):
+    def begin(jobs):   # [(prompt, seed)] → steps of `generate_batch`
+        return generate_batch(
+            model, [encode_prompt(prompt, tokenizer) for prompt, _ in jobs],
+            options.max_new_tokens, tokenizer.special.get("</s>"), [seed for _, seed in jobs],
+            temperature=options.temperature, top_k=options.top_k,
+            top_p=options.top_p, min_p=options.min_p,
+        )
+
+    seeds = range(options.seed, options.seed + options.num_samples)
+    for prompt in prompts:   # all are checked before the first is written
+        begin([(prompt, options.seed)])
+    waiting = ((prompt, seed) for prompt in prompts for seed in seeds)
+    while jobs := list(islice(waiting, group)):
+        readers = tee(begin(jobs), len(jobs))
+        for row, ((prompt, _), steps) in enumerate(zip(jobs, readers)):
             print(prompt, end="", flush=True)
-            new = takewhile(lambda token: token is not None, (step[row] for step in own))
-            for text in stream_text(tokenizer, new): print(text, end="", flush=True)
+            new = takewhile(lambda token: token is not None, (step[row] for step in steps))
+            for text in stream_text(tokenizer, new):
+                print(text, end="", flush=True)
             print("\n", flush=True)
 
 # %% ../nbs/09_generate.ipynb #c064a
 def converse(model, tokenizer, options):
     "Prompt after prompt, each with new seeds, until Ctrl-D or Ctrl-C at an empty prompt."
-    try: import readline   # from here on `input` can edit a line, and recall earlier ones by the arrow keys
-    except ImportError: pass   # Windows, whose terminal can do so itself
+    try:
+        import readline   # from here on `input` can edit a line, and recall earlier ones
+    except ImportError:
+        pass              # Windows, whose terminal can do so itself
+    if hasattr(sys.stdin, "reconfigure"):
+        sys.stdin.reconfigure(errors="surrogateescape")   # `as_text` says what is wrong
     print("The beginning of a text, and Enter. Ctrl-C stops the writing, Ctrl-D ends.")
-    while True:
-        try: prompt = input("> ")
-        except (EOFError, KeyboardInterrupt): return print()
-        try: write_samples(model, tokenizer, options, [prompt])
-        except KeyboardInterrupt: print("\n")
-        except ValueError as error: print(f"error: {error}\n")
+    while (prompt := ask()) is not None:
+        try:
+            write_samples(model, tokenizer, options, [as_text(prompt)])
+        except KeyboardInterrupt:
+            print("\n")
+        except UserError as error:
+            print(f"error: {error}\n")
         options.seed += options.num_samples
 
+def ask():   # str, or None at the end
+    "A line that somebody types. `UserError` where there is nothing to read from."
+    try:
+        if sys.stdin is None:
+            raise OSError(errno.EBADF, "standard input is closed")
+        return input("> ")
+    except (EOFError, KeyboardInterrupt):
+        print()
+        return None
+    except BrokenPipeError:   # nobody reads what is printed
+        raise
+    except OSError as error:
+        raise UserError(f"--interactive: {error.strerror}; nothing can be typed here") from None
+
 # %% ../nbs/09_generate.ipynb #c066
-if __name__ == '__main__' and '__file__' in globals(): main()
+if __name__ == "__main__" and "__file__" in globals():
+    if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    main()

@@ -6,18 +6,27 @@
 __all__ = ['OUTSIDE', 'INSIDE', 'FIELDS', 'HARMLESS', 'llama_weights', 'llama_config', 'export_llama', 'minikl_config',
            'import_llama', 'main']
 
+# %% ../nbs/11_llama.ipynb #s001
+import signal
+
+# %% ../nbs/11_llama.ipynb #s002
+if __name__ == "__main__" and "__file__" in globals():   # Ctrl-C while PyTorch is loaded
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)   # ends the script without a traceback
+
 # %% ../nbs/11_llama.ipynb #c003
 import argparse
 import json
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from safetensors.torch import save as to_bytes
 
-from minikl.files import OneLineParser, UserError, one_line_errors, write_atomically
-from minikl.model import MiniKL, MiniKLConfig
+from minikl.files import OneLineParser, UserError, one_line_errors, write_together
+from minikl.model import MiniKL, MiniKLConfig, write_weights
 from minikl.tokenizer import Tokenizer
 
 # %% ../nbs/11_llama.ipynb #c019
@@ -58,15 +67,45 @@ def export_llama(
     folder,     # config.json, model.safetensors, tokenizer.json and others are written here
 ):
     "Write what `transformers` and everything that reads its format open as a Llama. `UserError` if the model is none."
-    if len(tokenizer) != model.config.vocab_size: raise UserError(f"the vocabulary has {len(tokenizer)} tokens, the model {model.config.vocab_size}: they were not trained together")
-    config, weights, folder = llama_config(model.config), llama_weights(model), Path(folder)
-    tokens = {kind: token for kind, token in dict(bos="<s>", eos="</s>", pad="<pad>", unk="<unk>").items() if token in tokenizer.special}
-    ids = {f"{kind}_token_id": tokenizer.special.get(tokens.get(kind)) for kind in ("bos", "eos", "pad")}
-    for name, facts in {"config": {**config, **ids, "dtype": str(model.embed.weight.dtype).removeprefix("torch.")}, "generation_config": ids,
-                        "tokenizer_config": {"tokenizer_class": "PreTrainedTokenizerFast", **{f"{kind}_token": token for kind, token in tokens.items()}}}.items():
-        write_atomically(folder / f"{name}.json", json.dumps(facts, indent=2))
-    tokenizer.save_huggingface(folder / "tokenizer.json")
-    write_atomically(folder / "model.safetensors", to_bytes({name: weight.contiguous() for name, weight in weights.items()}, {"format": "pt"}))
+    n_tokens, wanted = len(tokenizer), model.config.vocab_size
+    if n_tokens != wanted:
+        raise UserError(
+            f"the vocabulary has {n_tokens} tokens, the model {wanted}: "
+            "they were not trained together"
+        )
+    _refuse_our_model(folder)
+    weights, config = llama_weights(model), llama_config(model.config)
+    names = dict(bos="<s>", eos="</s>", pad="<pad>", unk="<unk>")
+    tokens = {kind: token for kind, token in names.items() if token in tokenizer.special}
+    ids = {
+        f"{kind}_token_id": tokenizer.special.get(tokens.get(kind))
+        for kind in ("bos", "eos", "pad")
+    }
+    dtype = str(model.embed.weight.dtype).removeprefix("torch.")
+    described = {"tokenizer_class": "PreTrainedTokenizerFast"}
+    described |= {f"{kind}_token": token for kind, token in tokens.items()}
+    facts = {
+        "config": {**config, **ids, "dtype": dtype},
+        "generation_config": ids,
+        "tokenizer_config": described,
+    }
+    write_together(folder, {
+        "model.safetensors": partial(write_weights, weights, metadata={"format": "pt"}),
+        **{f"{name}.json": json.dumps(values, indent=2) for name, values in facts.items()},
+        "tokenizer.json": tokenizer.save_huggingface,
+    })
+
+def _refuse_our_model(folder):
+    "`UserError` if a folder holds a model of our own, whose files have the same names."
+    config = Path(folder) / "config.json"
+    if not config.is_file():
+        return
+    try:
+        raw = json.loads(config.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError):
+        raw = None
+    if not isinstance(raw, dict) or "model_type" not in raw:
+        raise UserError(f"{folder}: holds a model that is no Llama; choose another --out_dir")
 
 # %% ../nbs/11_llama.ipynb #c038
 HARMLESS = {"architectures", "model_type", "dtype", "torch_dtype", "transformers_version", "_name_or_path", "use_cache", "initializer_range",
@@ -91,18 +130,23 @@ def import_llama(
     "Load a Llama into MiniKL. `UserError` names what does not fit."
     path, index = Path(folder) / "config.json", Path(folder) / "model.safetensors.index.json"
     try:
-        model = MiniKL(minikl_config(json.loads(path.read_text(encoding="utf-8"))))
+        raw = json.loads(path.read_text(encoding="utf-8"))
+        with torch.device("meta"):   # no memory is taken before the weights are known to fit
+            model = MiniKL(minikl_config(raw))
         path = index if index.is_file() else Path(folder) / "model.safetensors"
         files = sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.is_file() else [path.name]
         state = {name: weight for file in files for name, weight in load_file(path.with_name(file)).items()}
     except KeyError as error: raise UserError(f"{path}: lacks {error}") from None
+    except RecursionError: raise UserError(f"{path}: nested too deeply for a configuration") from None
     except (AttributeError, TypeError, ValueError, SafetensorError) as error: raise UserError(f"{path}: {error}") from None
     expected = llama_weights(model)
     if model.config.tie_embeddings: state.pop("lm_head.weight", None)   # some files hold it twice
     for name in sorted(expected.keys() | state.keys()):
         have, want = (tuple(s[name].shape) if name in s else "nothing" for s in (state, expected))
         if have != want: raise UserError(f"{path}: {name} is {have}, but MiniKL expects {want}")
-    for name, weight in expected.items(): weight.copy_(state[name])
+    model.to_empty(device="cpu")
+    for name, weight in llama_weights(model).items():
+        weight.copy_(state[name])
     return model
 
 # %% ../nbs/11_llama.ipynb #c048
@@ -110,12 +154,19 @@ def main(argv=None):
     "The script: `python -m minikl.llama --model_path=out --out_dir=out-llama`."
     parser = OneLineParser("llama.py", description="Write a trained MiniKL as a Llama that transformers opens.", allow_abbrev=False,
                            formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--model_path", default="out", help="folder of a training run")
-    parser.add_argument("--out_dir", default="out-llama", help="folder to write")
+    parser.add_argument("--model_path", default="out", help="folder of a training run, or the model.safetensors in it")
+    parser.add_argument("--out_dir", default="out-llama", help="folder to write; not that of the model")
     with one_line_errors():
         options = parser.parse_args(argv)
-        export_llama(MiniKL.load(options.model_path), Tokenizer.load(Path(options.model_path) / "vocab_dict.json"), options.out_dir)
+        _refuse_our_model(options.out_dir)
+        path = Path(options.model_path)
+        folder = path.parent if path.suffix == ".safetensors" else path
+        model, tokenizer = MiniKL.load(path), Tokenizer.load(folder / "vocab_dict.json")
+        export_llama(model, tokenizer, options.out_dir)
         print(f"{options.out_dir}: a Llama; open it with AutoModelForCausalLM.from_pretrained")
 
 # %% ../nbs/11_llama.ipynb #c049
-if __name__ == '__main__' and '__file__' in globals(): main()
+if __name__ == "__main__" and "__file__" in globals():
+    if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    main()

@@ -3,10 +3,15 @@
 Everything runs in process with a model of a few hundred weights, unless a process is the matter.
 """
 import json
+import os
+import signal
+import subprocess
+import sys
 from unittest.mock import patch
 
 import pytest
 import torch
+from conftest import ROOT
 
 from minikl import bench, generate, llama
 from minikl.files import UserError
@@ -186,3 +191,185 @@ def test_a_full_disk_leaves_the_old_model_whole(folder):
         with pytest.raises(OSError, match="No space left"):
             MiniKL(MiniKLConfig(**TINY, vocab_size=9)).save(folder)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+# the prompt script
+
+def script(folder, *options):
+    return [f"--model_path={folder}", "--max_new_tokens=5", *options]
+
+
+@pytest.mark.parametrize("option", [
+    "--num_samples=1000000000", "--num_samples=0", "--max_new_tokens=1000000000000",
+    "--max_new_tokens=-1", "--temperature=nan", "--top_p=nan", "--min_p=-0.1", "--top_k=-1",
+])
+def test_options_have_bounds(option, folder, capsys):
+    name = option.split("=")[0]
+    refuses(generate.main, script(folder, option), f"{name}=", capsys)
+
+
+def test_many_samples_are_not_made_before_they_are_written(folder, capsys):
+    "A million samples of one prompt: the first is written before the second group is begun."
+    began = []
+    true = generate.generate_batch
+
+    def counted(model, prompts, *more, **options):
+        began.append(len(prompts))
+        if len(began) > 2:
+            raise UserError("enough")
+        return true(model, prompts, *more, **options)
+
+    with patch("minikl.generate.generate_batch", counted):
+        argv = script(folder, "--num_samples=1000000", "--prompt=风")
+        code, out, complaint = ends(generate.main, argv, capsys)
+    assert (code, complaint) == (2, "error: enough\n")
+    assert began[:2] == [1, 16] and out.count("风") >= 16
+
+
+def test_all_prompts_are_checked_before_the_first_is_written(folder, capsys):
+    prompts = ["--prompt", *["风"] * 20, "风" * 200]
+    refuses(generate.main, script(folder, *prompts), "the prompt has 201 tokens", capsys)
+
+
+@pytest.mark.parametrize("prompt", ["b\udcff", "\ud83d", "\udced\udca0\udcbd"], ids=ascii)
+def test_a_prompt_that_is_not_utf8_is_refused(prompt, folder, capsys):
+    message = "is not UTF-8 text"
+    refuses(generate.main, script(folder, f"--prompt={prompt}"), message, capsys)
+
+
+@pytest.mark.parametrize("stdin", [None, "unreadable"])
+def test_a_conversation_needs_somebody_to_type(stdin, folder, capsys, monkeypatch):
+    if stdin is None:
+        monkeypatch.setattr("sys.stdin", None)
+    else:
+        monkeypatch.setattr("builtins.input", lambda prompt: open(folder))
+    code, out, complaint = ends(generate.main, script(folder, "--interactive"), capsys)
+    assert code == 2 and complaint.count("\n") == 1
+    assert complaint.startswith("error: --interactive: ")
+
+
+def test_a_conversation_goes_on_after_bytes_that_are_no_text(folder, capsys, monkeypatch):
+    import io
+    typed = io.TextIOWrapper(io.BytesIO("b\udcff\n风\n".encode(errors="surrogateescape")))
+    monkeypatch.setattr("sys.stdin", typed)
+    code, out, complaint = ends(generate.main, script(folder, "--interactive"), capsys)
+    assert (code, complaint) == (0, "")
+    assert "error: the prompt 'b\\udcff' is not UTF-8 text" in out and "> 风" in out
+
+
+def test_a_bug_in_a_conversation_keeps_its_traceback(folder, monkeypatch):
+    monkeypatch.setattr("builtins.input", lambda prompt: "风")
+    with patch("minikl.generate.choose", side_effect=ValueError("a bug")):
+        with pytest.raises(ValueError, match="a bug"):
+            generate.main(script(folder, "--interactive"))
+
+
+@pytest.mark.parametrize("main", [generate.main, llama.main])
+def test_another_vocabulary_is_one_line(main, folder, capsys):
+    Tokenizer({"<unk>": 0, "风": 1}).save(folder / "vocab_dict.json")
+    argv = [f"--model_path={folder}"]
+    if main is llama.main:
+        argv.append(f"--out_dir={folder.parent}/llama")
+    refuses(main, argv, "the vocabulary has 2 tokens, the model 14", capsys)
+
+
+# the export
+
+def names_and_bytes(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("way", ["itself", "symlink", "relative", "another model"])
+def test_an_export_spares_our_own_models(way, folder, capsys, monkeypatch):
+    out = folder
+    if way == "symlink":
+        out = folder.parent / "link"
+        out.symlink_to(folder)
+    if way == "relative":
+        monkeypatch.chdir(folder)
+        out = "."
+    if way == "another model":
+        out = folder.parent / "other"
+        MiniKL.load(folder).save(out)
+    before = names_and_bytes(folder)
+    argv = [f"--model_path={folder}", f"--out_dir={out}"]
+    refuses(llama.main, argv, "choose another --out_dir", capsys)
+    assert names_and_bytes(folder) == before
+
+
+def test_an_export_may_replace_an_export(folder, capsys):
+    argv = [f"--model_path={folder}/model.safetensors", f"--out_dir={folder}-llama"]
+    for _ in range(2):
+        assert ends(llama.main, argv, capsys)[0] == 0
+    back = llama.import_llama(f"{folder}-llama")
+    for name, weight in MiniKL.load(folder).state_dict().items():
+        assert torch.equal(back.state_dict()[name], weight)
+
+
+def test_an_export_that_fails_leaves_the_earlier_one(folder, capsys):
+    from safetensors import SafetensorError
+    out = folder.parent / "llama"
+    argv = [f"--model_path={folder}", f"--out_dir={out}"]
+    assert ends(llama.main, argv, capsys)[0] == 0
+    before = names_and_bytes(out)
+    MiniKL(MiniKLConfig(**TINY, vocab_size=len(TOKENS), tie_embeddings=True)).save(folder)
+    with patch("minikl.model.save_file", side_effect=SafetensorError("No space left")):
+        refuses(llama.main, argv, "No space left", capsys)
+    assert names_and_bytes(out) == before
+
+
+def test_an_import_compares_before_it_allocates(folder, capsys):
+    out = folder.parent / "llama"
+    argv = [f"--model_path={folder}", f"--out_dir={out}"]
+    assert ends(llama.main, argv, capsys)[0] == 0
+    text = config_text(out, hidden_size=2**20, head_dim=2**19)
+    (out / "config.json").write_text(text)
+    with pytest.raises(UserError, match="but MiniKL expects"):
+        llama.import_llama(out)
+    (out / "config.json").write_text("[" * 100_000)
+    with pytest.raises(UserError, match="nested too deeply"):
+        llama.import_llama(out)
+
+
+# as processes
+
+def default_sigint():
+    "Whoever runs tests in the background has turned Ctrl-C off, and children inherit that."
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+@pytest.mark.parametrize("how", [["minikl/{}.py"], ["-m", "minikl.{}"]], ids=["path", "module"])
+@pytest.mark.parametrize("name", ["generate", "llama", "bench"])
+def test_ctrl_c_while_pytorch_loads_is_quiet(name, how, tmp_path):
+    "A module that is called torch presses Ctrl-C."
+    press = "import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n"
+    (tmp_path / "torch.py").write_text(press)
+    command = [sys.executable, *(part.format(name) for part in how)]
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True,
+                          text=True, preexec_fn=default_sigint)
+    assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, "", "")
+
+
+def test_a_reader_who_has_seen_enough_is_no_error(folder):
+    "As in `generate … | head -1`."
+    command = [sys.executable, "minikl/generate.py", *script(folder, "--interactive")]
+    options = dict(cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    with subprocess.Popen(command, **options, stderr=subprocess.PIPE,
+                          preexec_fn=default_sigint, encoding="utf-8",
+                          env={**os.environ, "PYTHONIOENCODING": "utf-8"}) as process:
+        assert process.stdout.readline().startswith("The beginning of a text")
+        process.stdout.close()
+        _, complaint = process.communicate("风\n")
+    assert (process.returncode, complaint) == (141, "")
+
+
+def test_a_system_that_knows_only_ascii(folder):
+    "The prompt arrives as single bytes, and what cannot be shown is shown by its number."
+    plain = dict(LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0")
+    environment = {**os.environ, **plain}
+    environment.pop("PYTHONIOENCODING", None)
+    command = [sys.executable, "minikl/generate.py", *script(folder, "--prompt=风吹过")]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith(r"\u98ce\u5439\u8fc7")
