@@ -11,6 +11,7 @@ __all__ = ['SPLIT', 'SPECIAL_TOKENS', 'BYTE_TOKENS', 'CONTROL', 'LETTER', 'NUMBE
 import heapq
 import json
 import random
+import reprlib
 from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain, count, groupby, pairwise
@@ -405,8 +406,9 @@ def load(
         )
     wrong = next((token for token, i in vocab.items() if type(i) is not int), None)
     if wrong is not None:
+        found = reprlib.repr(vocab[wrong])   # however long or deep
         raise UserError(
-            f"{path}: the id of {wrong!r} is {vocab[wrong]!r}; expected a whole number"
+            f"{path}: the id of {wrong!r} is {found}; expected a whole number"
         )
     missing = set(range(len(vocab))) - set(vocab.values())
     if missing:

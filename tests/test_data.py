@@ -455,10 +455,12 @@ def test_null_is_counted_as_empty(tmp_path):
     assert told == ["empty"]
 
 
-def test_a_vocabulary_of_brackets(tmp_path):
-    (tmp_path / "v.json").write_text('{"a":' + "[" * 200_000)
-    with pytest.raises(UserError, match="v.json: "):
+@pytest.mark.parametrize("depth", [100, 950, 970, 990, 200_000])
+def test_a_vocabulary_of_brackets(depth, tmp_path):
+    (tmp_path / "v.json").write_text('{"a":' + "[" * depth + "]" * depth + "}")
+    with pytest.raises(UserError, match="v.json: ") as caught:
         Tokenizer.load(tmp_path / "v.json")
+    assert len(str(caught.value)) < 200 + len(str(tmp_path))
 
 
 def test_what_is_no_damage_keeps_its_traceback(tmp_path, monkeypatch):
