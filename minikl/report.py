@@ -231,6 +231,15 @@ class Facts:
     spike_step: int = 0
     unknown: float = math.nan      # share of the tokens
 
+    @property
+    def early_on(self):  # part of a sentence
+        if math.isnan(self.ignorance):
+            return ""
+        return (
+            f"early on the loss was {self.ignorance:.1f} times that of a model that "
+            "knows nothing, and "
+        )
+
 def ratio(a, b):  # float; NaN where it means nothing
     return a / b if b else math.nan
 
@@ -307,8 +316,7 @@ RULES = {   # name: (fires where, what to say, the same in Chinese)
     ),
     "rate": (
         lambda f: f.ignorance > 1.05 or f.rise > 0.1,
-        "Learning rate too high: early on the loss was {f.ignorance:.1f} times that of "
-        "a model that knows nothing, and later it rose by {f.rise:.0%}. "
+        "Learning rate too high: {f.early_on}later it rose by {f.rise:.0%}. "
         "Try a third of --lr and --muon_lr",
         "学习率过高",
     ),

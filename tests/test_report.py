@@ -232,6 +232,13 @@ def test_last_step_is_that_of_the_last_line(tmp_path):
     assert "step 20;" in diagnose(read_run(out))["unfinished"][0]
 
 
+def test_what_is_not_known_is_not_said(tmp_path):
+    metrics = [line(i, train_bits_per_char=1 + i / 10) for i in range(1, 21)]
+    run = read_run(write(tmp_path / "out", metrics, settings={}))
+    (said, _), = diagnose(run).values()
+    assert said.startswith("Learning rate too high: later it rose by") and "nan" not in said
+
+
 def damage(data, chance):
     "Some bytes with one thing wrong."
     kind, at = chance.randrange(6), chance.randrange(len(data) + 1)
