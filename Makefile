@@ -6,18 +6,22 @@ PROCESSES ?= 2
 OUT ?= out
 BIN := .venv/bin
 READY := .venv/ready
+# a worker a core, four at most; each takes the longest test that is left
+SIDE_BY_SIDE := -n logical --maxprocesses=4 --dist=load --maxschedchunk=1
 
-.PHONY: help run test lab export execute docs clean
+.PHONY: help run test test-everywhere soak lab export execute docs clean
 .DELETE_ON_ERROR:
 
 help:
-	@echo 'make run      train on classical Chinese poetry for $(MINUTES) minutes (at most $(EPOCHS) epochs), then continue 一生一代一双人，'
-	@echo 'make test     run every lesson and every test'
-	@echo 'make lab      open the lessons in JupyterLab'
-	@echo 'make export   write minikl/ from the lessons'
-	@echo 'make execute  run the lessons again and store their outputs'
-	@echo 'make docs     render the site into _docs/'
-	@echo 'make clean    delete the trained model, the site and the built corpora (not .venv)'
+	@echo 'make run              train on classical Chinese poetry for $(MINUTES) minutes (at most $(EPOCHS) epochs), then continue 一生一代一双人，'
+	@echo 'make test             run every lesson and every test, side by side'
+	@echo 'make test-everywhere  the same as on three kinds of processor, one after the other'
+	@echo 'make soak             kill training runs again and again and compare them; then the tests that take minutes'
+	@echo 'make lab              open the lessons in JupyterLab'
+	@echo 'make export           write minikl/ from the lessons'
+	@echo 'make execute          run the lessons again and store their outputs'
+	@echo 'make docs             render the site into _docs/'
+	@echo 'make clean            delete the trained model, the site and the built corpora (not .venv)'
 
 $(READY): requirements.txt setup.py settings.ini
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo 'Python 3.10 or newer is needed; name one: make PYTHON=python3.12 …'; exit 1; }
@@ -37,7 +41,14 @@ run: $(OUT)/model.safetensors
 	@$(BIN)/python minikl/report.py $(OUT)
 
 test: $(READY)
-	@$(BIN)/python -m pytest -q tests
+	@$(BIN)/python -m pytest -q tests $(SIDE_BY_SIDE)
+
+test-everywhere: $(READY)
+	@$(BIN)/python tools/instruction_sets.py $(SIDE_BY_SIDE)
+
+soak: $(READY)
+	$(BIN)/python tools/soak.py
+	$(BIN)/python -m pytest -q tests --long -m long
 
 lab: $(READY)
 	$(BIN)/jupyter lab nbs
