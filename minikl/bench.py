@@ -11,9 +11,10 @@ __all__ = ['ARMS', 'PHASES', 'COLOURS', 'zipf_lengths', 'random_docs', 'Original
 import signal
 
 # %% ../nbs/10_benchmarks.ipynb #s002
-if __name__ == "__main__" and "__file__" in globals():   # Ctrl-C while PyTorch is loaded
+if __name__ == "__main__" and "__file__" in globals():
+    # Ctrl-C while PyTorch is loaded ends the script without a traceback
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)   # ends the script without a traceback
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 # %% ../nbs/10_benchmarks.ipynb #c002q
 __import__("os").environ["KINETO_LOG_LEVEL"] = "99"   # before torch: its profiler would chat on stderr
@@ -262,7 +263,8 @@ def main(argv=None):
     add("--kv_heads", type=int, nargs="+", default=[8, 2], help="key heads (of 8 heads) to race: 8 is MHA, 2 is GQA, 1 is MQA")
     add("--repeats", type=int, default=3, help="timed steps of each arm, after one that warms up")
     add("--seed", type=int, default=0, help="draws lengths and documents")
-    add("--device", default="auto", help="where to compute: cpu, cuda, mps; auto: an accelerator if there is one")
+    add("--device", default="auto",
+        help="where to compute: cpu, cuda, mps; auto: an accelerator if there is one")
     add("--images", default=str(Path(minikl.__file__).resolve().parent.parent / "images"), help="folder for the pictures")
     with one_line_errors(): race(parser.parse_args(argv))
 
@@ -274,7 +276,9 @@ def poem_lengths(n_docs, seed=0):
 def race(options):
     "Measure, print, draw."
     device, quick = pick_device(options.device), options.quick
-    name = "CPU; nothing here is measured on a GPU" if device.type == "cpu" else device.type
+    name = device.type
+    if name == "cpu":
+        name = "CPU; nothing here is measured on a GPU"
     if device.type == "cuda":
         name = torch.cuda.get_device_name()
     size, n_docs = (dict(d_model=128, num_layers=2), 32) if quick else (dict(d_model=512, num_layers=4), 64)

@@ -9,9 +9,10 @@ __all__ = ['narrow', 'choose', 'generate_batch', 'generate', 'stream_text']
 import signal
 
 # %% ../nbs/09_generate.ipynb #s002
-if __name__ == "__main__" and "__file__" in globals():   # Ctrl-C while PyTorch is loaded
+if __name__ == "__main__" and "__file__" in globals():
+    # Ctrl-C while PyTorch is loaded ends the script without a traceback
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)   # ends the script without a traceback
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 # %% ../nbs/09_generate.ipynb #c003
 import argparse
@@ -66,8 +67,9 @@ def choose(
 ):                    # (batch)
     "Draw the next token of each row."
     if temperature < 1e-6: return logits.argmax(-1)   # so cold that nothing else is ever drawn
-    shares = narrow(logits, temperature, **cuts).cpu().double()   # not every accelerator has float64
-    ends = shares.cumsum(-1)                                      # where the stretch of each token ends
+    shares = narrow(logits, temperature, **cuts).cpu()
+    ends = shares.double().cumsum(-1)   # where the stretch of each token ends;
+                                        # not every accelerator has float64
     thrown = torch.tensor([[random.random()] for random in randoms], dtype=torch.double)
     drawn = torch.searchsorted(ends, thrown * ends[:, -1:], right=True)
     return drawn.squeeze(-1).to(logits.device)
@@ -144,7 +146,8 @@ def main(argv=None):
     add("--top_p", type=float, default=0.95, help="draw from the likeliest that together have this probability")
     add("--min_p", type=float, default=0.0, help="draw from those at least this share as likely as the likeliest; 0: all")
     add("--seed", type=int, default=0, help="the same seed draws the same text; further samples take the seeds that follow")
-    add("--device", default="auto", help="where to compute: cpu, cuda, mps; auto: an accelerator if there is one")
+    add("--device", default="auto",
+        help="where to compute: cpu, cuda, mps; auto: an accelerator if there is one")
     add("--num_samples", type=int, default=1, help="texts to write for each prompt")
     with one_line_errors():
         options = parser.parse_args(argv)
@@ -201,7 +204,8 @@ def write_samples(model, tokenizer, options, prompts, group=16):
     def begin(jobs):   # [(prompt, seed)] → steps of `generate_batch`
         return generate_batch(
             model, [encode_prompt(prompt, tokenizer) for prompt, _ in jobs],
-            options.max_new_tokens, tokenizer.special.get("</s>"), [seed for _, seed in jobs],
+            options.max_new_tokens, tokenizer.special.get("</s>"),
+            [seed for _, seed in jobs],
             temperature=options.temperature, top_k=options.top_k,
             top_p=options.top_p, min_p=options.min_p,
         )
@@ -214,7 +218,8 @@ def write_samples(model, tokenizer, options, prompts, group=16):
         readers = tee(begin(jobs), len(jobs))
         for row, ((prompt, _), steps) in enumerate(zip(jobs, readers)):
             print(prompt, end="", flush=True)
-            new = takewhile(lambda token: token is not None, (step[row] for step in steps))
+            own = (step[row] for step in steps)
+            new = takewhile(lambda token: token is not None, own)
             for text in stream_text(tokenizer, new):
                 print(text, end="", flush=True)
             print("\n", flush=True)
@@ -223,7 +228,7 @@ def write_samples(model, tokenizer, options, prompts, group=16):
 def converse(model, tokenizer, options):
     "Prompt after prompt, each with new seeds, until Ctrl-D or Ctrl-C at an empty prompt."
     try:
-        import readline   # from here on `input` can edit a line, and recall earlier ones
+        import readline   # from here on `input` can edit a line and recall others
     except ImportError:
         pass              # Windows, whose terminal can do so itself
     if hasattr(sys.stdin, "reconfigure"):
@@ -250,7 +255,8 @@ def ask():   # str, or None at the end
     except BrokenPipeError:   # nobody reads what is printed
         raise
     except OSError as error:
-        raise UserError(f"--interactive: {error.strerror}; nothing can be typed here") from None
+        problem = f"{error.strerror}; nothing can be typed here"
+        raise UserError(f"--interactive: {problem}") from None
 
 # %% ../nbs/09_generate.ipynb #c066
 if __name__ == "__main__" and "__file__" in globals():

@@ -10,9 +10,10 @@ __all__ = ['OUTSIDE', 'INSIDE', 'FIELDS', 'HARMLESS', 'llama_weights', 'llama_co
 import signal
 
 # %% ../nbs/11_llama.ipynb #s002
-if __name__ == "__main__" and "__file__" in globals():   # Ctrl-C while PyTorch is loaded
+if __name__ == "__main__" and "__file__" in globals():
+    # Ctrl-C while PyTorch is loaded ends the script without a traceback
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)   # ends the script without a traceback
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 # %% ../nbs/11_llama.ipynb #c003
 import argparse
@@ -76,7 +77,8 @@ def export_llama(
     _refuse_our_model(folder)
     weights, config = llama_weights(model), llama_config(model.config)
     names = dict(bos="<s>", eos="</s>", pad="<pad>", unk="<unk>")
-    tokens = {kind: token for kind, token in names.items() if token in tokenizer.special}
+    special = tokenizer.special
+    tokens = {kind: token for kind, token in names.items() if token in special}
     ids = {
         f"{kind}_token_id": tokenizer.special.get(tokens.get(kind))
         for kind in ("bos", "eos", "pad")
@@ -91,7 +93,7 @@ def export_llama(
     }
     write_together(folder, {
         "model.safetensors": partial(write_weights, weights, metadata={"format": "pt"}),
-        **{f"{name}.json": json.dumps(values, indent=2) for name, values in facts.items()},
+        **{f"{name}.json": json.dumps(fact, indent=2) for name, fact in facts.items()},
         "tokenizer.json": tokenizer.save_huggingface,
     })
 
@@ -105,7 +107,9 @@ def _refuse_our_model(folder):
     except (ValueError, RecursionError):
         raw = None
     if not isinstance(raw, dict) or "model_type" not in raw:
-        raise UserError(f"{folder}: holds a model that is no Llama; choose another --out_dir")
+        raise UserError(
+            f"{folder}: holds a model that is no Llama; choose another --out_dir"
+        )
 
 # %% ../nbs/11_llama.ipynb #c038
 HARMLESS = {"architectures", "model_type", "dtype", "torch_dtype", "transformers_version", "_name_or_path", "use_cache", "initializer_range",
@@ -131,13 +135,14 @@ def import_llama(
     path, index = Path(folder) / "config.json", Path(folder) / "model.safetensors.index.json"
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
-        with torch.device("meta"):   # no memory is taken before the weights are known to fit
+        with torch.device("meta"):   # no memory before the weights are known to fit
             model = MiniKL(minikl_config(raw))
         path = index if index.is_file() else Path(folder) / "model.safetensors"
         files = sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.is_file() else [path.name]
         state = {name: weight for file in files for name, weight in load_file(path.with_name(file)).items()}
     except KeyError as error: raise UserError(f"{path}: lacks {error}") from None
-    except RecursionError: raise UserError(f"{path}: nested too deeply for a configuration") from None
+    except RecursionError:
+        raise UserError(f"{path}: nested too deeply for a configuration") from None
     except (AttributeError, TypeError, ValueError, SafetensorError) as error: raise UserError(f"{path}: {error}") from None
     expected = llama_weights(model)
     if model.config.tie_embeddings: state.pop("lm_head.weight", None)   # some files hold it twice
@@ -154,8 +159,10 @@ def main(argv=None):
     "The script: `python -m minikl.llama --model_path=out --out_dir=out-llama`."
     parser = OneLineParser("llama.py", description="Write a trained MiniKL as a Llama that transformers opens.", allow_abbrev=False,
                            formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--model_path", default="out", help="folder of a training run, or the model.safetensors in it")
-    parser.add_argument("--out_dir", default="out-llama", help="folder to write; not that of the model")
+    parser.add_argument("--model_path", default="out",
+                        help="folder of a training run, or the model.safetensors in it")
+    parser.add_argument("--out_dir", default="out-llama",
+                        help="folder to write; not that of the model")
     with one_line_errors():
         options = parser.parse_args(argv)
         _refuse_our_model(options.out_dir)

@@ -63,7 +63,9 @@ class MiniKLConfig:
             raise UserError(f"ffn={self.ffn!r:.80}: expected 'GLU' or 'FFN'")
         if self.activation not in list(ACTIVATIONS):
             expected = ", ".join(ACTIVATIONS)
-            raise UserError(f"activation={self.activation!r:.80}: expected one of {expected}")
+            raise UserError(
+                f"activation={self.activation!r:.80}: expected one of {expected}"
+            )
         if self.d_ff == 0:
             glu_width = (8 * self.d_model // 3 + 7) // 8 * 8
             self.d_ff = 4 * self.d_model if self.ffn == "FFN" else glu_width
@@ -84,7 +86,9 @@ class MiniKLConfig:
                 f"d_model/num_heads={self.d_head} is odd; RoPE rotates features in pairs"
             )
         if heads % key_heads:
-            raise UserError(f"num_heads={heads} does not divide by num_kv_heads={key_heads}")
+            raise UserError(
+                f"num_heads={heads} does not divide by num_kv_heads={key_heads}"
+            )
 
     @property
     def d_head(self): return self.d_model // self.num_heads
@@ -216,7 +220,7 @@ def count_by_formula(c):   # MiniKLConfig → weights of the model
 
 # %% ../nbs/06_model.ipynb #d002
 def pick_device(
-    name="auto",  # "auto": the accelerator that PyTorch finds, else the CPU; or "cpu", "cuda", "mps", …
+    name="auto",  # "auto": the accelerator that is here, else the CPU; or "cpu", "cuda", …
 ):                # torch.device
     "Where to compute. `UserError` where there is no such device."
     devices = [torch.device("cpu")]
@@ -226,7 +230,8 @@ def pick_device(
     choices = {"auto": devices[-1]} | {device.type: device for device in devices}
     if name not in choices:
         expected = ", ".join(choices)
-        raise UserError(f"device={name!r}: not available here; expected one of {expected}")
+        problem = f"not available here; expected one of {expected}"
+        raise UserError(f"device={name!r}: {problem}")
     return choices[name]
 
 # %% ../nbs/06_model.ipynb #c071
@@ -246,8 +251,8 @@ def write_weights(
 def files(
     self: MiniKL,
     weights=None,  # {name: tensor}: others than its own, as of a model that many processes share
-):                 # {"model.safetensors": …, "config.json": …}, as `write_together` takes it
-    "Weights and configuration as files that are to be written, together with others if need be."
+):                 # {file name: data}, as `write_together` takes it
+    "The two files of a model, to be written, together with others if need be."
     weights = self.state_dict() if weights is None else weights
     config = json.dumps(asdict(self.config), indent=2)
     return {"model.safetensors": partial(write_weights, weights), "config.json": config}
@@ -310,7 +315,9 @@ def _check_shapes(stored, config, weights, config_path):
     for name in sorted(found.keys() | wanted.keys()):
         have, want = found.get(name, "nothing"), wanted.get(name, "nothing")
         if have != want:
-            raise UserError(f"{weights}: {name} is {have}, but {config_path} asks for {want}")
+            raise UserError(
+                f"{weights}: {name} is {have}, but {config_path} asks for {want}"
+            )
 
 # %% ../nbs/06_model.ipynb #d005
 def _read_config(path):
