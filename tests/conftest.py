@@ -13,7 +13,11 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-os.environ.setdefault("TQDM_DISABLE", "1")   # before minikl is imported
+# before minikl and torch are imported
+os.environ.setdefault("TQDM_DISABLE", "1")
+# threads that wait for one another sleep: where cores are shared, waiting at full speed
+# took five times the computing
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 LONGEST = (   # parts of names of tests that take long, in this order: they begin first
     "lesson_runs[13", "lesson_runs[01", "lesson_runs[12", "lesson_runs[08_",
