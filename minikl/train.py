@@ -13,7 +13,9 @@ __all__ = ['RECIPE', 'CHOICES', 'LIMITS', 'SHOWN', 'COUNTERS', 'FREE', 'MENDING'
 import signal
 
 if __name__ == "__main__" and "__file__" in globals():
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    # Ctrl-C while PyTorch is loaded ends the script without a traceback
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 # %% ../nbs/08b_train.ipynb #t003
 import argparse
@@ -284,7 +286,7 @@ def find_vocabulary(options, paths, vocab_size):  # path
     if not vocab.exists():
         print(f"training a tokenizer of {vocab_size} tokens", flush=True)
         size = sum(path.stat().st_size for path in paths)
-        share = min(1, 15e6 / size)   # of a large corpus an even sample will do
+        share = min(1, 15e6 / max(size, 1))   # of a large corpus an even sample will do
         texts = read_jsonl(paths, options.on_bad_line)
         sample = sample_pieces(texts, share, options.held_out)
         Tokenizer.train(sample, vocab_size).save(vocab)

@@ -31,7 +31,8 @@ from minikl.data import DATA, Documents, TokenFile, build_poetry, build_tokens, 
 from minikl.model import MiniKL
 from minikl.nested import Nested
 from minikl.report import json_lines
-from minikl.tokenizer import BYTE_TOKENS, SPECIAL_TOKENS, Tokenizer, write_atomically
+from minikl.files import write_atomically
+from minikl.tokenizer import BYTE_TOKENS, SPECIAL_TOKENS, Tokenizer
 from minikl.parallel import Ranks, evaluate
 from minikl.training import Precision, make_optimizers, schedule
 
