@@ -160,7 +160,7 @@ def shard(
     config,  # MiniKLConfig
     ranks,   # Ranks, more than one
 ):           # MiniKL of which this process holds a part
-    "A model of which no process ever holds more than one unit: weights, gradients, optimizer. Rajbhandari et al. 2020, arXiv:1910.02054; Zhao et al. 2023, arXiv:2304.11277."
+    "A model dealt out over the processes: each holds its part of every weight, gradient and optimizer state, and for a moment one whole unit. Rajbhandari et al. 2020, arXiv:1910.02054; Zhao et al. 2023, arXiv:2304.11277."
     with torch.device("meta"):
         model = MiniKL(config)
     mesh = DeviceMesh.from_group(ranks.group, ranks.device.type)
