@@ -20,11 +20,12 @@ os.environ.setdefault("TQDM_DISABLE", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 LONGEST = (   # parts of names of tests that take long, in this order: they begin first
-    "lesson_runs[13", "lesson_runs[01", "lesson_runs[12", "lesson_runs[08_",
-    "lesson_runs[08b", "lesson_runs[14", "lesson_runs[07", "soak_notices",
-    "killed_runs", "lesson_runs[10", "lesson_runs[09", "site_has", "lesson_runs",
-    "each_host_reads", "wheel", "compiled_blocks", "two_processes", "hosts",
-    "checkpoint_goes_on", "any_jsonl", "plan_measures", "without_network", "ctrl_c",
+    "lesson_runs[13", "lesson_runs[08_", "lesson_runs[01", "lesson_runs[12",
+    "lesson_runs[14", "lesson_runs[08b", "lesson_runs[10", "lesson_runs[07",
+    "site_has", "lesson_runs[11", "killed_runs", "broken_resume", "lesson_runs",
+    "no_process_ever", "slower_than", "hosts", "each_host_reads", "wheel", "of_any_rank",
+    "on_one_rank", "all_find", "compiled_blocks", "any_jsonl", "two_processes",
+    "without_network", "checkpoint_goes_on", "plan_measures", "no_damage", "ctrl_c",
 )
 
 

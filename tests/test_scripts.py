@@ -274,9 +274,3 @@ def test_ctrl_c_at_the_prompt_ends_the_conversation(chat):
             break
     assert process.returncode == 0
     assert process.stderr.read() == b""
-
-
-def test_killed_runs_come_back_exact(python):
-    "Three kills; `python tools/soak.py` makes it fifty."
-    done = python("tools/soak.py", "--kills=3")
-    assert done.returncode == 0 and "kills 3" in done.stdout and "mismatches 0" in done.stdout, done.stdout + done.stderr
