@@ -60,9 +60,13 @@ def test_lesson_shows_its_outputs(path):
 
 
 def test_no_class_is_defined_twice():
-    names = [name for path in LESSONS for cell in cells(path) if cell["cell_type"] == "code"
-             for name in set(re.findall(r"^class (\w+)", "".join(cell["source"]), re.M))]
-    assert sorted(names) == sorted(set(names))
+    found = {}
+    for path in LESSONS:
+        code = [cell for cell in cells(path) if cell["cell_type"] == "code"]
+        for cell in code:
+            for name in set(re.findall(r"^class (\w+)", "".join(cell["source"]), re.M)):
+                found.setdefault(name, []).append(path.stem)
+    assert not {name: stems for name, stems in found.items() if len(stems) > 1}
 
 
 # from the lowest to the highest: a module imports only from those before it
