@@ -301,6 +301,4 @@ def race(options):
 
 # %% ../nbs/10_benchmarks.ipynb #c037
 if __name__ == "__main__" and "__file__" in globals():
-    if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
     main()

@@ -260,6 +260,4 @@ def ask():   # str, or None at the end
 
 # %% ../nbs/09_generate.ipynb #c066
 if __name__ == "__main__" and "__file__" in globals():
-    if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
     main()

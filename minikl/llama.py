@@ -174,6 +174,4 @@ def main(argv=None):
 
 # %% ../nbs/11_llama.ipynb #c049
 if __name__ == "__main__" and "__file__" in globals():
-    if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
     main()

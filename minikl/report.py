@@ -13,7 +13,9 @@ __all__ = ['LARGEST', 'TRAINING', 'EVALUATION', 'SAMPLE', 'OVERFLOWS', 'FEWEST',
 import signal
 
 if __name__ == "__main__" and "__file__" in globals():
-    signal.signal(signal.SIGINT, signal.SIG_DFL)   # at once, during imports too
+    # Ctrl-C while PyTorch is loaded ends the script without a traceback
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 # %% ../nbs/14_report.ipynb #r003
 import io
@@ -21,7 +23,6 @@ import json
 import math
 import reprlib
 import warnings
-from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import cycle
 from pathlib import Path
@@ -571,9 +572,6 @@ def write_report(
 # %% ../nbs/14_report.ipynb #r040
 def main(argv=None):
     "The script: `python minikl/report.py OUT [OUT2 …]`."
-    if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:   # see the first cell
-        with suppress(ValueError):   # only the main thread may
-            signal.signal(signal.SIGINT, signal.default_int_handler)
     parser = OneLineParser(
         "report.py",
         description="Write OUT/report.html: curves, texts, settings and a diagnosis "

@@ -378,12 +378,12 @@ def encode_longest_match(
 @patch
 def save(self: Tokenizer, path):
     "Write the vocabulary as plain JSON, {token: id}, whole or not at all."
-    halves = r"[\ud800-\udbff][\udc00-\udfff]"   # JSON makes one character of them
-    joined = next((token for token in self.vocab if regex.search(halves, token)), None)
+    surrogate_pair = r"[\ud800-\udbff][\udc00-\udfff]"   # JSON makes one character of them
+    joined = next((token for token in self.vocab if regex.search(surrogate_pair, token)), None)
     if joined is not None:
         raise UserError(
             f"{path}: JSON cannot hold the token {joined!r}, "
-            "two halves of a surrogate pair; make it the one character they stand for"
+            "two surrogate_pair of a surrogate pair; make it the one character they stand for"
         )
     write_atomically(path, json.dumps(self.vocab, ensure_ascii=False, indent=0))
 
