@@ -122,9 +122,10 @@ def file_sha256(path):  # 64 hex digits
 
 @contextmanager
 def locked(
-    folder,  # that one program at a time may write to
+    folder,  # that one program at a time may write to; it is made
 ):
     "Keep others out of a folder. `UserError` where somebody is in there already."
+    Path(folder).mkdir(parents=True, exist_ok=True)
     lock = FileLock(Path(folder) / ".lock")
     try:
         lock.acquire(timeout=0)

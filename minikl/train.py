@@ -310,6 +310,8 @@ def prepare(
     vocab_size,  # of a tokenizer that has to be trained
 ):               # (data files, vocabulary file, folder of tokens, {baseline: bits per character})
     "Check and build whatever the run reads, reusing what an earlier run built."
+    if not options.plan:
+        try_folder(options.out_dir)
     paths = find_data(options)
     vocab = find_vocabulary(options, paths, vocab_size)
     tokenizer = Tokenizer.load(vocab)
@@ -1000,7 +1002,6 @@ def main(argv=None):
         ranks = Ranks(options.threads, options.timeout, options.device)
         check(options, config, ranks.world)   # before a folder is made
         if ranks.rank == 0 and not options.plan:
-            try_folder(options.out_dir)
             stack.enter_context(locked(options.out_dir))
         run = Run(options, config, ranks)
         stopped = None

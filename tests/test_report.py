@@ -308,9 +308,17 @@ def test_ctrl_c_during_imports_is_silent(tmp_path):
 
 
 def test_main_gives_ctrl_c_back(tmp_path, monkeypatch):
+    "While it works, Python handles Ctrl-C; what was in force before is back at the end."
+    handlers = []
+    def interrupted(folders):
+        handlers.append(signal.getsignal(signal.SIGINT))
+        raise KeyboardInterrupt
+    monkeypatch.setattr(report, "write_report", interrupted)
     before = signal.signal(signal.SIGINT, signal.SIG_DFL)
     try:
-        main([str(write(tmp_path / "out"))])
-        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        with pytest.raises(SystemExit) as ended:
+            main([str(tmp_path)])
+        assert (ended.value.code, handlers) == (130, [signal.default_int_handler])
+        assert signal.getsignal(signal.SIGINT) == signal.SIG_DFL
     finally:
         signal.signal(signal.SIGINT, before)
