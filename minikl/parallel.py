@@ -25,7 +25,10 @@ from minikl.training import sharded_like
 # %% ../nbs/08_ddp.ipynb #c025
 def environment_number(name, default):  # int
     "A number that torchrun has put into the environment."
-    return int(os.environ.get(name, default))
+    try:
+        return int(os.environ.get(name, default))
+    except ValueError:
+        raise UserError(f"the environment says {name}={os.environ[name]!r}; expected a number") from None
 
 class Ranks:
     "This process among its peers. Without torchrun: a world of one, without process group."

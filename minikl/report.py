@@ -148,7 +148,7 @@ def read_settings(
     if finished:
         path = folder / "run.json"
         return json_object(path.read_bytes(), path) if path.is_file() else {}
-    for place in ("checkpoints.running", "checkpoints"):   # the second: older versions
+    for place in ("running/checkpoints", "checkpoints"):   # the second: older versions
         for path in sorted(folder.glob(f"{place}/step-*/state.json"), reverse=True):
             try:
                 state = json_object(path.read_bytes(), path)
@@ -169,9 +169,12 @@ def read_run(
     if not str(folder) or not Path(folder).is_dir():
         raise UserError(f"{str(folder) or repr('')}: no such folder; {expected}")
     folder = Path(folder)
-    finished = not (folder / "metrics.jsonl.running").is_file()
-    ending = "jsonl" if finished else "jsonl.running"
-    path = folder / f"metrics.{ending}"
+    place, ending, finished = folder, "jsonl", True
+    if (folder / "running" / "metrics.jsonl").is_file():
+        place, finished = folder / "running", False
+    elif (folder / "metrics.jsonl.running").is_file():   # of an older version
+        ending, finished = "jsonl.running", False
+    path = place / f"metrics.{ending}"
     metrics = json_lines(path)
     training = [line for line in metrics if "loss" in line]
     if not training:
@@ -187,7 +190,7 @@ def read_run(
             check_line(line, TRAINING, f"{path}: line {i}")
         if "bits_per_char" in line:
             check_line(line, EVALUATION, f"{path}: line {i}")
-    samples_path = folder / f"samples.{ending}"
+    samples_path = place / f"samples.{ending}"
     samples = json_lines(samples_path)
     for i, line in enumerate(samples, 1):
         check_line(line, SAMPLE, f"{samples_path}: line {i}")

@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['schedule', 'orthogonalize', 'unsharded', 'local', 'sharded_like', 'Muon', 'make_optimizers', 'Precision',
-           'train_step', 'checksums', 'write_checkpoint', 'newest_checkpoint', 'state_options', 'numbered',
-           'whole_weights', 'whole_memory', 'pack', 'read_tensors', 'read_json', 'read_weights', 'read_memory',
-           'from_first', 'unpack']
+           'train_step', 'checksums', 'is_checkpoint', 'checkpoints_in', 'write_checkpoint', 'newest_checkpoint',
+           'state_options', 'numbered', 'whole_weights', 'whole_memory', 'pack', 'read_tensors', 'read_json',
+           'read_weights', 'read_memory', 'from_first', 'unpack']
 
 # %% ../nbs/07_training.ipynb #c003
 import json
 import math
 import os
+import re
 import shutil
 from contextlib import nullcontext, suppress
 from dataclasses import asdict
@@ -180,6 +181,13 @@ def checksums(folder):  # text, as the program sha256sum writes it
     names = [name for name in names if name != "SHA256SUMS" and name[0] != "."]
     return "".join(f"{file_sha256(Path(folder) / name)}  {name}\n" for name in names)
 
+def is_checkpoint(path):  # bool
+    "Whether it is named as ours are; whatever else lies there belongs to somebody else."
+    return path.is_dir() and re.fullmatch(r"(broken-)?step-\d{8,}", path.name) is not None
+
+def checkpoints_in(folder):  # list of paths, from early to late
+    return sorted(path for path in Path(folder).glob("step-*") if is_checkpoint(path))
+
 def write_checkpoint(
     folder,  # of all checkpoints of a run
     step,    # steps taken so far
@@ -201,14 +209,15 @@ def write_checkpoint(
         flush(folder)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
-    earlier = sorted(path for path in folder.glob("step-*") if path <= place)
-    for path in {*folder.glob("step-*")} - {*earlier[-keep:]}:
-        shutil.rmtree(path)
+    ours = checkpoints_in(folder)
+    kept = [path for path in ours if path <= place][-keep:]
+    for path in {*ours} - {*kept}:
+        shutil.rmtree(path, ignore_errors=True)
 
 # %% ../nbs/07_training.ipynb #c096f
 def newest_checkpoint(folder):  # path, or None
     "The newest checkpoint whose files are those that were written. Damaged ones are named."
-    for path in sorted(Path(folder).glob("step-*"), reverse=True):
+    for path in reversed(checkpoints_in(folder)):
         with suppress(OSError, UnicodeDecodeError):
             if (path / "SHA256SUMS").read_text(encoding="utf-8") == checksums(path):
                 return path

@@ -43,15 +43,16 @@ SETTINGS = {
 }
 
 
-def write(folder, metrics=None, samples=None, settings=SETTINGS, ending=""):
+def write(folder, metrics=None, samples=None, settings=SETTINGS, running=False):
     "The files of a run of twenty lines, or with other lines (dict, or bytes as they are)."
     metrics = [line(i) for i in range(1, 21)] + [evaluation(20)] if metrics is None else metrics
     samples = [sample(10), sample(20)] if samples is None else samples
-    folder.mkdir(exist_ok=True)
+    place = folder / "running" if running else folder
+    place.mkdir(parents=True, exist_ok=True)
     for name, lines in (("metrics", metrics), ("samples", samples)):
         data = [x if isinstance(x, bytes) else json.dumps(x).encode() for x in lines]
-        (folder / f"{name}.jsonl{ending}").write_bytes(b"".join(x + b"\n" for x in data))
-    if not ending:
+        (place / f"{name}.jsonl").write_bytes(b"".join(x + b"\n" for x in data))
+    if not running:
         text = settings if isinstance(settings, bytes) else json.dumps(settings).encode()
         (folder / "run.json").write_bytes(text)
     return folder
@@ -99,8 +100,8 @@ def test_a_damaged_sample_is_named(tmp_path, capsys, bad):
 
 
 def test_a_last_line_that_was_cut_off_is_left_out(tmp_path):
-    out = write(tmp_path / "out", ending=".running")
-    with open(out / "metrics.jsonl.running", "ab") as file:
+    out = write(tmp_path / "out", running=True)
+    with open(out / "running" / "metrics.jsonl", "ab") as file:
         file.write('{"step": 21, "text": "明'.encode()[:-1])
     run = read_run(out)
     assert (run.finished, len(run.training), run.settings) == (False, 20, {})
@@ -205,29 +206,37 @@ def checkpoint(out, place, step, state):
 
 
 def test_settings_of_a_run_under_way(tmp_path):
-    out = write(tmp_path / "out", ending=".running")
+    out = write(tmp_path / "out", running=True)
     assert read_run(out).settings == {}
     first = [line(1)]
     checkpoint(out, "checkpoints", 90, {"lines": [line(2)], "settings": {"run": "before"}})
     assert read_run(out).settings == {}
     checkpoint(out, "checkpoints", 5, {"lines": first, "settings": {"run": "old version"}})
     assert read_run(out).settings == {"run": "old version"}
-    checkpoint(out, "checkpoints.running", 2, {"lines": [], "settings": {"run": 2}})
-    checkpoint(out, "checkpoints.running", 10, {"lines": first, "settings": {"run": 10}})
+    checkpoint(out, "running/checkpoints", 2, {"lines": [], "settings": {"run": 2}})
+    checkpoint(out, "running/checkpoints", 10, {"lines": first, "settings": {"run": 10}})
     assert read_run(out).settings == {"run": 10}
-    checkpoint(out, "checkpoints.running", 20, "{")
-    checkpoint(out, "checkpoints.running", 30, "[" * 100_000)
-    checkpoint(out, "checkpoints.running", 40, {"settings": 5})
+    checkpoint(out, "running/checkpoints", 20, "{")
+    checkpoint(out, "running/checkpoints", 30, "[" * 100_000)
+    checkpoint(out, "running/checkpoints", 40, {"settings": 5})
     assert read_run(out).settings == {"run": 10}
     write(out)
-    for path in out.glob("*.running"):
-        path.unlink() if path.is_file() else None
+    shutil.rmtree(out / "running")
     assert read_run(out).settings == SETTINGS
+
+
+def test_a_run_of_an_older_version_under_way(tmp_path):
+    out = write(tmp_path / "out")
+    for name in ("metrics", "samples"):
+        (out / f"{name}.jsonl").rename(out / f"{name}.jsonl.running")
+    (out / "run.json").unlink()
+    run = read_run(out)
+    assert (run.finished, len(run.training), len(run.samples)) == (False, 20, 2)
 
 
 def test_last_step_is_that_of_the_last_line(tmp_path):
     metrics = [*(line(i) for i in range(1, 11)), evaluation(10), *(line(i) for i in range(11, 21))]
-    out = write(tmp_path / "out", metrics, ending=".running")
+    out = write(tmp_path / "out", metrics, running=True)
     assert facts(read_run(out)).last_step == 20
     assert "step 20;" in diagnose(read_run(out))["unfinished"][0]
 

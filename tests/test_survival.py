@@ -30,15 +30,13 @@ def test_killed_runs_come_back_exact(seed, run, tmp_path, monkeypatch):
     yesterday, out = everything(tmp_path / "out"), tmp_path / "out"
     chance, kills, alive = random.Random(seed), 0, False
     while not alive:
-        more = ["--resume"] if any(out.glob("checkpoints.running/step-*")) else []
+        more = ["--resume"] if any(out.glob("running/checkpoints/step-*")) else []
         with monkeypatch.context() as patched:
             if kills < 4:
                 kill_after(patched, chance.randrange(1, 25))
             alive = attempt(run, "out", *more)
         kills += not alive
-        running = out / "checkpoints.running"
-        swapped = (out / "metrics.jsonl.running").exists() and not running.exists()
-        ended = alive or swapped or (running / "step-00000008").exists()
+        ended = alive or (out / "running" / "results").exists()
         assert ended or everything(out) == yesterday
     assert kills == 4
     assert result(out) == result(tmp_path / "whole")

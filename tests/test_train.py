@@ -31,8 +31,11 @@ TINY = [*SHAPE, "--batch_size=4", "--log_every=1", "--threads=1"]
 
 @pytest.fixture(autouse=True)
 def home(tmp_path, monkeypatch):
-    "Caches of these tests go to a folder of their own."
+    "Caches of these tests go to a folder of their own; Ctrl-C is not ignored."
     monkeypatch.setattr(train, "DATA", tmp_path / "data")
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture
@@ -59,8 +62,8 @@ def one_line(done, said, code=2):
 def everything(out):
     "{path: bytes} of all that does not belong to a run under way."
     paths = [path for path in out.rglob("*") if path.is_file() and path.name[0] != "."]
-    paths = [path for path in paths if "running" not in str(path.relative_to(out))]
-    return {str(path.relative_to(out)): path.read_bytes() for path in paths}
+    names = {path.relative_to(out): path for path in paths}
+    return {str(n): p.read_bytes() for n, p in names.items() if n.parts[0] != "running"}
 
 
 def metrics(out):
@@ -126,25 +129,46 @@ def test_the_unfinished_run_goes_on_and_replaces_the_finished_one(run, tmp_path,
     assert names == {*RESULTS, "checkpoints"}
 
 
-def test_without_the_files_called_running_yesterday_is_back(run, tmp_path, monkeypatch):
-    "Also where only one of them was deleted."
+def test_without_the_folder_running_yesterday_is_back(run, tmp_path, monkeypatch):
     well(run("out"))
     before = everything(tmp_path / "out")
     with monkeypatch.context() as patched:
         interrupt_at(patched, 5, signal.SIGINT)
         run("out", "--seed=1")
-    shutil.rmtree(tmp_path / "out" / "checkpoints.running")
+    shutil.rmtree(tmp_path / "out" / "running")
     run("out", "--seed=1", "--lr=1e30")
     assert everything(tmp_path / "out") == before
 
 
 def test_files_of_other_programs_are_left_alone(run, tmp_path):
-    for folder in ("checkpoints", "checkpoints.running"):
-        own = tmp_path / folder / folder / "thesis.txt"
-        own.parent.mkdir(parents=True)
-        own.write_text("years of work")
-        one_line(run(folder), f"{own} is not of a training run")
-        assert own.read_text() == "years of work"
+    own = tmp_path / "out" / "checkpoints" / "thesis.txt"
+    own.parent.mkdir(parents=True)
+    own.write_text("years of work")
+    one_line(run("out"), f"{own} is not of a training run")
+    assert own.read_text() == "years of work"
+    shutil.rmtree(tmp_path / "out")
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "checkpoints").symlink_to(tmp_path / "disk")
+    one_line(run("out"), "is a link; link the whole --out_dir instead")
+
+
+def test_files_of_others_that_come_later_survive_every_run(run, tmp_path):
+    "A hidden file, a file that came during a run, and copies with names like ours."
+    out = tmp_path / "out"
+    well(run("out"))
+    kept = [out / "checkpoints" / name for name in (".DS_Store", "step-by-step", "step-8-good")]
+    for path in kept[:1]:
+        path.write_text("mine")
+    well(run("out", "--seed=1"))
+    for path in kept[1:]:
+        path.mkdir()
+    one_line(run("out", "--seed=2"), "is not of a training run")
+    for path in kept[1:]:
+        path.rmdir()
+    well(run("out", "--seed=2"))
+    assert (out / "checkpoints" / ".DS_Store").read_text() == "mine"
+    assert not (out / "running").exists()
 
 
 class Killed(BaseException):
@@ -211,10 +235,12 @@ def test_a_checkpoint_of_an_older_version_goes_on(kind, run, tmp_path):
     "Written by the version before this one, in the middle of a run that was not finished."
     out = tmp_path / kind
     shutil.copytree(OLD / kind / "step-00000004", out / "checkpoints" / "step-00000004")
-    (out / "metrics.jsonl.running").touch()
+    for name in ("metrics", "samples"):
+        (out / f"{name}.jsonl.running").touch()
     said = well(run(kind, "--max_steps=12", f"--optimizer={kind}", "--save_every=4", "--resume"))
     assert "continuing from" in said
     found = [line["loss"] for line in metrics(out) if "loss" in line]
+    assert not list(out.glob("*running"))
     assert found == pytest.approx(json.loads((OLD / kind / "losses.json").read_text()), rel=1e-3)
 
 
@@ -257,7 +283,7 @@ def test_an_extension_that_is_killed_at_once_still_extends(run, tmp_path, monkey
 def test_a_checkpoint_that_somebody_else_has_signed(state, run, tmp_path, monkeypatch):
     interrupt_at(monkeypatch, 4, signal.SIGTERM)
     run("out")
-    checkpoint = next((tmp_path / "out" / "checkpoints.running").glob("step-*"))
+    checkpoint = next((tmp_path / "out" / "running" / "checkpoints").glob("step-*"))
     (checkpoint / "state.json").write_text(state)
     (checkpoint / "SHA256SUMS").write_text(training.checksums(checkpoint))
     one_line(run("out", "--resume"), f"{checkpoint}/state.json: not ")
@@ -267,10 +293,78 @@ def test_a_checkpoint_that_somebody_else_has_signed(state, run, tmp_path, monkey
 def test_a_checkpoint_with_other_tensors(name, run, tmp_path, monkeypatch):
     interrupt_at(monkeypatch, 4, signal.SIGTERM)
     run("out")
-    checkpoint = next((tmp_path / "out" / "checkpoints.running").glob("step-*"))
+    checkpoint = next((tmp_path / "out" / "running" / "checkpoints").glob("step-*"))
     training.write_weights({"0.0.mean": torch.zeros(3)}, checkpoint / f"{name}.safetensors")
     (checkpoint / "SHA256SUMS").write_text(training.checksums(checkpoint))
     one_line(run("out", "--resume"), f"{checkpoint}/{name}.safetensors: ")
+
+
+def not_a_number_in(monkeypatch, step):
+    "A run whose gradient is not finite in one step."
+    take = train.Run.step
+    def failing(self, i, progress):
+        if i == step:
+            raise FloatingPointError("the gradient has norm nan")
+        return take(self, i, progress)
+    monkeypatch.setattr(train.Run, "step", failing)
+
+
+def test_what_diverges_twice_is_put_aside_twice(run, tmp_path, monkeypatch):
+    well(run("whole"))
+    with monkeypatch.context() as patched:
+        not_a_number_in(patched, 5)
+        last = f"{tmp_path}/out/running/checkpoints/step-0000000"
+        one_line(run("out", "--save_every=1"), f"last good checkpoint: {last}4")
+        one_line(run("out", "--save_every=1", "--resume"), f"last good checkpoint: {last}4")
+    well(run("out", "--save_every=1", "--resume"))
+    assert result(tmp_path / "out") == result(tmp_path / "whole")
+
+
+def test_an_extension_that_diverges_at_once_still_extends(run, tmp_path, monkeypatch):
+    well(run("out"))
+    before = everything(tmp_path / "out")
+    with monkeypatch.context() as patched:
+        not_a_number_in(patched, 8)
+        done = run("out", "--resume", "--max_steps=12")
+        assert done.returncode == 2 and "step-00000008" in done.stderr
+    assert everything(tmp_path / "out") == before
+    said = well(run("out", "--resume", "--max_steps=12", "--lr=0.001"))
+    assert "continuing from" in said and metrics(tmp_path / "out")[-1]["step"] == 12
+
+
+def test_a_run_that_was_never_saved_hides_no_finished_one(run, tmp_path, monkeypatch):
+    well(run("out"))
+    with monkeypatch.context() as patched:
+        def dies(self, *arguments):
+            raise Killed
+        patched.setattr(train.Run, "step", dies)
+        for seed in (0, 1):
+            with pytest.raises(Killed):
+                run("out", f"--seed={seed}")
+    assert "continuing from" in well(run("out", "--resume", "--max_steps=12"))
+    with monkeypatch.context() as patched:
+        patched.setattr(train.Run, "step", dies)
+        with pytest.raises(Killed):
+            run("out", "--seed=1")
+    assert "beginning at step 0" in well(run("out", "--seed=1", "--resume"))
+
+
+def test_a_run_cannot_end_before_it_has_come_so_far(run, tmp_path, monkeypatch):
+    well(run("out"))
+    with monkeypatch.context() as patched:
+        interrupt_at(patched, 9, signal.SIGTERM)
+        run("out", "--resume", "--max_steps=16")
+    done = run("out", "--resume")
+    assert done.returncode == 2
+    assert "is past the end of this run: max_steps=8, there 16" in done.stderr
+
+
+def test_another_precision_is_announced(run, tmp_path, monkeypatch):
+    with monkeypatch.context() as patched:
+        interrupt_at(patched, 4, signal.SIGTERM)
+        run("out")
+    monkeypatch.setattr(training.Precision, "best", staticmethod(lambda device: "bf16"))
+    assert "dtype=bf16, there fp32" in well(run("out", "--resume"))
 
 
 # Text that is not text
