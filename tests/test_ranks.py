@@ -59,7 +59,7 @@ train.write_checkpoint = slow
     assert (tmp_path / "out" / "checkpoints" / "step-00000006").exists()
 
 
-def test_no_process_ever_builds_a_sharded_model(patched, tmp_path):
+def test_no_process_ever_builds_a_sharded_model(patched):
     "Only on the device meta, where tensors have no numbers."
     only_meta = """
 import torch
@@ -70,4 +70,3 @@ def checked(self, config):
 model.MiniKL.__init__ = checked
 """
     assert patched(only_meta, "--shard").returncode == 0
-    assert "AssertionError" in patched(only_meta, f"--out_dir={tmp_path}/copies").stderr
