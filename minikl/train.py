@@ -560,7 +560,9 @@ class RunFolder:
 class Run:
     "One training run: everything that its steps share. The vocabulary sets the model's vocab_size."
     def __init__(self, options, config, ranks):
+        check(options, config, ranks.world)   # `main` has done so; others make runs, too
         self.options, self.ranks = options, ranks
+        self.is_sharded = options.shard and ranks.world > 1
         self.place = RunFolder(options.out_dir)
         self.checkpoints = self.place.checkpoints
         self.read_data(config)
@@ -624,17 +626,16 @@ def read_data(self: Run, config):
 def build_model(self: Run):
     "The model, from the same seed on every process, and what its steps need."
     options, ranks = self.options, self.ranks
-    is_sharded = options.shard and ranks.world > 1
-    if options.shard and not is_sharded:
+    if options.shard and not self.is_sharded:
         say("--shard: the only process holds everything")
-    check_memory(self.config, ranks, is_sharded)
+    check_memory(self.config, ranks, self.is_sharded)
     torch.manual_seed(options.seed)
-    if is_sharded:
+    if self.is_sharded:
         self.model = shard(self.config, ranks)
     else:
         self.model = MiniKL(self.config).to(ranks.device)
     self.loss = self.model.loss
-    if ranks.world > 1 and not is_sharded:
+    if ranks.world > 1 and not self.is_sharded:
         objective = Objective(self.model)
         self.loss = DistributedDataParallel(objective, process_group=ranks.group)
     self.precision = Precision(options.dtype, ranks.device.type)
@@ -710,9 +711,8 @@ def beginnings(self: Run):  # lists of token ids
 @patch
 def texts(self: Run, n_tokens=64):  # list of {"step", "prompt", "text"}; [] but on the first process
     "Continue the beginnings. A sharded model nobody holds whole, and there are no texts."
-    is_sharded = self.options.shard and self.ranks.world > 1
     lines = []
-    if self.prompts and self.ranks.rank == 0 and not is_sharded:
+    if self.prompts and self.ranks.rank == 0 and not self.is_sharded:
         start = time.perf_counter()
         decode = self.tokenizer.decode
         end = self.tokenizer.special.get("</s>")
@@ -883,9 +883,9 @@ def continue_from(self: Run, path, owner):  # as `begin`
         if other:
             say(f"not the same run from here on: {'; '.join(other.values())}")
         if changed:
-            rate = schedule(min(done, 1), self.options.warmup)
+            rate = schedule(done, self.options.warmup)
             say(
-                f"its length is another one now: {min(done, 1):.0%} of it is done, "
+                f"its length is another one now: {done:.0%} of it is done, "
                 f"and the learning rate goes on at {rate:.0%} of its peak"
             )
     return facts["lines"]
