@@ -121,7 +121,8 @@ def batches(n_steps=50):
 
     MiniKL.loss = watched
     with tempfile.TemporaryDirectory() as folder:
-        main([*TINY, *RUNS["nested"], f"--max_steps={n_steps}", f"--out_dir={folder}"])
+        short = [f"--max_steps={n_steps}", "--eval_every=0", f"--out_dir={folder}"]
+        main([*TINY, *RUNS["nested"], *short])
     MiniKL.loss = loss
     return {f"batches of {n_steps} steps": digest(seen[: 3 * n_steps])}
 
