@@ -13,12 +13,16 @@ from .files import UserError
 # %% ../nbs/03_rope.ipynb #c028
 def rope_table(
     positions,  # index of each token inside its own document: (...)
-    d_head,     # features per head, even
+    d_head,  # features per head, even
     theta=1e6,  # wavelength base (dimensionless)
-):              # (cos, sin), each (..., 1, d_head/2) in float32; the 1 stands for the heads
+):  # (cos, sin), each (..., 1, d_head/2) in float32; the 1 stands for the heads
     "Angles of rotation, computed from positions: nothing to store, nothing to outgrow. RoFormer, Su et al. 2021, arXiv:2104.09864."
-    if d_head % 2: raise UserError(f"d_head={d_head} is odd; RoPE rotates features in pairs")
-    frequencies = theta ** (-torch.arange(0, d_head, 2, dtype=torch.float32, device=positions.device) / d_head)
+    if d_head % 2:
+        raise UserError(f"d_head={d_head} is odd; RoPE rotates features in pairs")
+    frequencies = theta ** (
+        -torch.arange(0, d_head, 2, dtype=torch.float32, device=positions.device)
+        / d_head
+    )
     angles = positions[..., None, None].float() * frequencies
     return angles.cos(), angles.sin()
 
@@ -30,4 +34,6 @@ def rotate(
     "Rotate feature i together with feature i + d_head/2 (the half-split convention of Llama). Computed in float32 or wider, as the table is."
     cos, sin = table
     first, second = x.chunk(2, dim=-1)
-    return torch.cat([first * cos - second * sin, first * sin + second * cos], dim=-1).to(x.dtype)
+    return torch.cat(
+        [first * cos - second * sin, first * sin + second * cos], dim=-1
+    ).to(x.dtype)
