@@ -159,7 +159,8 @@ def test_a_token_file_is_named_after_data_and_vocabulary(tmp_path, monkeypatch):
     vocabulary = tokenizer("ab")
     path = jsonl(tmp_path / "a.jsonl", "ab")
     folder = build_tokens(path, vocabulary, tmp_path)
-    assert TokenFile(folder).name == f"tokens-{plain_fingerprint(path, vocabulary.vocab, 'error')}"
+    name = f"tokens-{plain_fingerprint(path, vocabulary.vocab, 'error')}"
+    assert TokenFile(folder).name == name
     monkeypatch.setattr(minikl.tokenizer, "SPLIT", regex.compile(r"[a-z]|."))
     edited = build_tokens(path, vocabulary, tmp_path)
     assert edited != folder and TokenFile(edited).name == TokenFile(folder).name
@@ -249,11 +250,14 @@ def test_no_npm(npm, tmp_path):
         fetch_poetry(tmp_path / "built")
 
 
+TWO_LINES = "printf 'npm error code E500\\nnpm error no' >&2; exit 1"
+
+
 @pytest.mark.parametrize(
     "script, said",
     [
         ("echo 'npm error code ENOTFOUND' >&2; exit 1", "npm error code ENOTFOUND$"),
-        ("printf 'npm error code E500\\nnpm error no' >&2; exit 1", "E500 npm error no"),
+        (TWO_LINES, "E500 npm error no"),
         ("printf '\\377\\351' >&2; exit 1", "could not fetch"),   # not UTF-8
         ("exit 1", "no answer"),
         ("echo junk > chinese-poetry-2.0.1.tgz", "damaged or not the one expected"),
@@ -360,7 +364,7 @@ def test_half_a_pair_in_a_vocabulary_comes_back(tmp_path):
 
 
 def test_two_halves_that_json_would_join_are_refused(tmp_path):
-    vocabulary = Tokenizer({"\ud83d": 0, "\ude42": 1, "\ud83d\ude42": 2})
+    vocabulary = Tokenizer({HALF: 0, "\ude42": 1, HALF + "\ude42": 2})
     with pytest.raises(UserError, match="v.json: JSON cannot hold"):
         vocabulary.save(tmp_path / "v.json")
     assert list(tmp_path.iterdir()) == []
