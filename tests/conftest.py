@@ -26,9 +26,9 @@ LONGEST = (
     "lesson_runs[14", "lesson_runs[08b", "lesson_runs[10", "lesson_runs[07",
     "site_has", "lesson_runs[11", "killed_runs", "broken_resume", "lesson_runs",
     "no_process_ever", "slower_than", "hosts", "each_host_reads", "wheel",
-    "of_any_rank",
-    "on_one_rank", "all_find", "compiled_blocks", "any_jsonl", "two_processes",
-    "without_network", "checkpoint_goes_on", "plan_measures", "no_damage", "ctrl_c",
+    "of_any_rank", "on_one_rank", "all_find", "compiled_blocks", "any_jsonl",
+    "two_processes", "without_network", "checkpoint_goes_on", "plan_measures",
+    "no_damage", "ctrl_c",
 )
 
 
