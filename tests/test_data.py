@@ -123,7 +123,8 @@ def test_import_creates_nothing_and_the_toy_corpus_is_built_at_home(tmp_path):
 
 
 def test_another_pattern_gives_other_tokens(tmp_path, monkeypatch):
-    corpus, vocabulary = jsonl(tmp_path / "a.jsonl", "ab ab"), tokenizer("ab ab")
+    corpus = jsonl(tmp_path / "a.jsonl", "ab ab")
+    vocabulary = tokenizer("ab ab")
     folder = build_tokens(corpus, vocabulary, tmp_path)
     plain = plain_fingerprint(corpus)
     monkeypatch.setattr(minikl.tokenizer, "SPLIT", re.compile("."))
@@ -147,7 +148,8 @@ def test_another_code_gives_another_fingerprint(tmp_path, monkeypatch):
 
 
 def test_the_old_fingerprint_is_still_known(tmp_path):
-    corpus, vocabulary = jsonl(tmp_path / "a.jsonl", "ab"), {"a": 0, HALF: 1}
+    corpus = jsonl(tmp_path / "a.jsonl", "ab")
+    vocabulary = {"a": 0, HALF: 1}
     settings = [[vocabulary, "error"], file_sha256(corpus)]
     old = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]
     assert plain_fingerprint(corpus, vocabulary, "error") == old
@@ -198,8 +200,10 @@ def test_a_damaged_table_of_contents_is_named(contents, tmp_path):
 
 
 def test_two_builders_at_once_share_one_result(tmp_path):
-    corpus, vocabulary = jsonl(tmp_path / "a.jsonl", "ab"), tokenizer("ab")
-    meet, found = threading.Barrier(2), []
+    corpus = jsonl(tmp_path / "a.jsonl", "ab")
+    vocabulary = tokenizer("ab")
+    meet = threading.Barrier(2)
+    found = []
 
     def encode_batch(texts, **options):
         meet.wait(timeout=30)   # neither is done before the other has begun

@@ -113,7 +113,8 @@ def own_modules(path):   # set of names; "__init__" for the package itself
 
 def reaches(imports, start, goal):
     "Whether one module leads to another, through any number of imports."
-    seen, waiting = set(), [start]
+    seen = set()
+    waiting = [start]
     while waiting:
         name = waiting.pop()
         if name == goal:
@@ -156,28 +157,27 @@ UPWARDS = ["low imports high upwards"]
 CIRCLE = ["low imports high upwards, in a circle"]
 ITSELF = ["low imports low upwards, in a circle"]
 UNKNOWN = ["high imports none, which is unknown"]
+IMPORTS = {   # what happens: (code of low, code of high, what has to be found)
+    "downwards": ("", "from minikl.low import x", []),
+    "package": ("from minikl import __version__", "from . import low", []),
+    "upwards": ("from minikl.high import x", "", UPWARDS),
+    "indented": (INDENTED.format("from minikl.high import x"), "", UPWARDS),
+    "indented module": (INDENTED.format("from minikl import high"), "", UPWARDS),
+    "indented name": (INDENTED.format("import minikl.high"), "", UPWARDS),
+    "indented relative": (INDENTED.format("from .high import x"), "", UPWARDS),
+    "indented dot": (INDENTED.format("from . import high"), "", UPWARDS),
+    "circle": ("from .high import x", "from .low import x", CIRCLE),
+    "itself": ("from minikl import low", "", ITSELF),
+    "unknown": ("", "import minikl.none", UNKNOWN),
+    "indented unknown": ("", INDENTED.format("from . import none"), UNKNOWN),
+}
 
 
-@pytest.mark.parametrize(
-    "low, high, faults",
-    [
-        ("", "from minikl.low import x", []),
-        ("from minikl import __version__", "from . import low", []),
-        ("from minikl.high import x", "", UPWARDS),
-        (INDENTED.format("from minikl.high import x"), "", UPWARDS),
-        (INDENTED.format("from minikl import high"), "", UPWARDS),
-        (INDENTED.format("from .high import x"), "", UPWARDS),
-        (INDENTED.format("from . import high"), "", UPWARDS),
-        (INDENTED.format("import minikl.high"), "", UPWARDS),
-        ("from .high import x", "from .low import x", CIRCLE),
-        ("from minikl import low", "", ITSELF),
-        ("", "import minikl.none", UNKNOWN),
-        ("", INDENTED.format("from . import none"), UNKNOWN),
-    ],
-)
-def test_a_misplaced_import_is_found(low, high, faults, tmp_path):
-    for name, code in {"low": low, "high": high, "__init__": ""}.items():
-        (tmp_path / f"{name}.py").write_text(code)
+@pytest.mark.parametrize("name", IMPORTS)
+def test_a_misplaced_import_is_found(name, tmp_path):
+    low, high, faults = IMPORTS[name]
+    for module, code in {"low": low, "high": high, "__init__": ""}.items():
+        (tmp_path / f"{module}.py").write_text(code)
     assert misplaced_imports(tmp_path, ["low", "high"]) == faults
 
 
@@ -266,7 +266,8 @@ def markdown(path):
 
 def anchors(path):   # set of what may stand behind # in a link
     "The headings as GitHub and nbdev name them: lower case, hyphens, no punctuation."
-    found, times = set(), Counter()
+    found = set()
+    times = Counter()
     text = markdown(path)
     for heading in re.findall(r"^#{1,6} +(.*?)[ #]*$", text, re.M):
         shown = re.sub(r"!?\[([^\]]*)\]\([^)]*\)", r"\1", heading)
@@ -383,7 +384,8 @@ def test_site_has_a_page_for_each_lesson(copy, python):
 @pytest.fixture
 def installed(tmp_path, copy, python):
     "The package as `pip install .` puts it into site-packages, away from the project."
-    wheels, site = tmp_path / "wheels", tmp_path / "site"
+    wheels = tmp_path / "wheels"
+    site = tmp_path / "site"
     offline = ["--quiet", "--no-deps", "--no-build-isolation", "--no-index"]
     for command in (
         ["wheel", "--wheel-dir", wheels, "."],

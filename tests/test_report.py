@@ -223,7 +223,8 @@ def test_a_run_without_training_is_refused(tmp_path, capsys):
 
 
 def test_surrogates_in_texts_and_names(tmp_path, capsys):
-    nasty = write(tmp_path / os.fsdecode(b"\xff $x$ <b>"), samples=[sample(1, "\ud83d")])
+    name = os.fsdecode(b"\xff $x$ <b>")
+    nasty = write(tmp_path / name, samples=[sample(1, "\ud83d")])
     main([str(nasty), str(write(tmp_path / "b"))])
     page = (nasty / "report.html").read_text(encoding="utf-8")
     assert "\\ud83d" in page and "\\udcff" in page and "<b>" not in page
@@ -319,12 +320,14 @@ def test_what_is_not_known_is_not_said(tmp_path):
     metrics = [line(i, train_bits_per_char=1 + i / 10) for i in range(1, 21)]
     run = read_run(write(tmp_path / "out", metrics, settings={}))
     (said, _), = diagnose(run).values()
-    assert said.startswith("Learning rate too high: later it rose by") and "nan" not in said
+    assert said.startswith("Learning rate too high: later it rose by")
+    assert "nan" not in said
 
 
 TOKENS = [
-    b"null", b"5", b"NaN", b"Infinity", b"-1e999", b'"x"', b"{}", b"[1]", b"\xff", b"\n",
-    b"0", b"true", b"1e-320", b'"\\ud83d"', b"[" * 3000, b"9" * 400, b",", b"}", b"-1",
+    b"null", b"5", b"NaN", b"Infinity", b"-1e999", b'"x"', b"{}", b"[1]", b"\xff",
+    b"\n", b"0", b"true", b"1e-320", b'"\\ud83d"', b"[" * 3000, b"9" * 400, b",",
+    b"}", b"-1",
 ]
 
 
@@ -409,7 +412,7 @@ def test_ctrl_c_during_imports_is_silent(tmp_path):
 
 
 def test_main_gives_ctrl_c_back(tmp_path, monkeypatch):
-    "While it works, Python handles Ctrl-C; what was in force before is back at the end."
+    "While it works, Python handles Ctrl-C; in the end is in force what was before."
     handlers = []
 
     def interrupted(folders):

@@ -49,7 +49,8 @@ def corpus(tmp_path_factory):
 def test_any_jsonl_and_vocabulary_train_and_generate(
     corpus, tmp_path, script, torchrun
 ):
-    out, vocab = tmp_path / "out", f"--vocab_dict_path={corpus}/vocab.json"
+    out = tmp_path / "out"
+    vocab = f"--vocab_dict_path={corpus}/vocab.json"
     done = torchrun(
         "minikl/train.py", vocab, f"--data_jsonl_path={corpus}/data.jsonl",
         "--max_steps=20", f"--out_dir={out}",

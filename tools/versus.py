@@ -32,6 +32,16 @@ def race(
     return seconds
 
 
+class Kept:
+    "A function that keeps what it returned last: an arm of `race` trains something."
+    def __init__(self, function):
+        self.function = function
+        self.result = None
+
+    def __call__(self):
+        self.result = self.function()
+
+
 def ratio(
     slow,  # list of seconds, one per turn
     fast,  # the same of another arm
@@ -313,10 +323,8 @@ def tokenizer_training_race(
     import tokenizers as hf
 
     from minikl.tokenizer import SPLIT, Tokenizer
-    trained = {}
-
     def train_minikl():
-        trained["minikl"] = Tokenizer.train(
+        return Tokenizer.train(
             texts, vocab_size + 256, special_tokens=(), character_coverage=1
         )
 
@@ -330,7 +338,9 @@ def tokenizer_training_race(
         other = cut_like_ours(hf.Tokenizer(hf.models.BPE()))
         other.train_from_iterator(texts, trainer)
 
-    arms = {"MiniKL": train_minikl, "tokenizers.BpeTrainer": train_hf}
+    minikl = Kept(train_minikl)
+    rust = None
+    arms = {"MiniKL": minikl, "tokenizers.BpeTrainer": train_hf}
     # optional: pip install rustbpe tiktoken
     if find_spec("rustbpe") and find_spec("tiktoken"):
         import rustbpe
@@ -338,18 +348,19 @@ def tokenizer_training_race(
         def train_rustbpe():
             other = rustbpe.Tokenizer()
             other.train_from_iterator(iter(texts), vocab_size, pattern=SPLIT.pattern)
-            trained["rustbpe"] = other
+            return other
 
-        arms["rustbpe, from bytes"] = train_rustbpe
+        rust = Kept(train_rustbpe)
+        arms["rustbpe, from bytes"] = rust
     seconds = race(arms, min(options.repeats, 5))
-    ours = trained["minikl"]
+    ours = minikl.result
     print(
         f"tokenizers {hf.__version__}; {n_mb:.1f} MB of text, "
         f"{len(alphabet):,} characters, {len(ours.merges):,} merges"
     )
     baselines = {"BpeTrainer": "tokenizers.BpeTrainer"}
     report("Training", seconds, baselines, 1000 * n_mb, "KB")
-    return ours, trained.get("rustbpe")
+    return ours, rust and rust.result
 
 
 def same_in_hugging_face(ours):   # tokenizers.Tokenizer
@@ -367,9 +378,9 @@ def encoding_race(texts, ours, from_bytes, n_mb, options):
     if found != ours.encode_batch(texts):
         raise ValueError("the ids differ")
     arms = {
-        "MiniKL, encode_batch": lambda: ours.encode_batch(texts),
-        "tokenizers, encode_batch": lambda: theirs.encode_batch(texts),
-        "tokenizers, encode_batch_fast": lambda: theirs.encode_batch_fast(texts),
+        "MiniKL, encode_batch": partial(ours.encode_batch, texts),
+        "tokenizers, encode_batch": partial(theirs.encode_batch, texts),
+        "tokenizers, encode_batch_fast": partial(theirs.encode_batch_fast, texts),
     }
     if from_bytes:
         import tiktoken
@@ -380,8 +391,8 @@ def encoding_race(texts, ours, from_bytes, n_mb, options):
             special_tokens={},
             mergeable_ranks=ranks,
         )
-        arms["tiktoken, from bytes"] = lambda: bytewise.encode_ordinary_batch(
-            texts, num_threads=options.threads
+        arms["tiktoken, from bytes"] = partial(
+            bytewise.encode_ordinary_batch, texts, num_threads=options.threads
         )
     seconds = race(arms, options.repeats)
     columns = ("encode_batch", "encode_batch_fast")
