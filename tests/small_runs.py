@@ -69,16 +69,24 @@ def result(out):
     return metrics(out), *((out / name).read_bytes() for name in RESULTS[:3])
 
 
-def interrupt_at(monkeypatch, step, number):
-    "Send a signal to this process when a run takes this step."
+def before_each_step(monkeypatch, call):
+    "Have every run do `call(step)` before it takes a step."
     take = train.Run.step
 
-    def stepping(self, i, progress):
-        if i == step:
-            signal.raise_signal(number)
-        return take(self, i, progress)
+    def stepping(self, step, progress):
+        call(step)
+        return take(self, step, progress)
 
     monkeypatch.setattr(train.Run, "step", stepping)
+
+
+def interrupt_at(monkeypatch, step, number):
+    "Send a signal to this process when a run takes this step."
+    def interrupt(i):
+        if i == step:
+            signal.raise_signal(number)
+
+    before_each_step(monkeypatch, interrupt)
 
 
 class Killed(BaseException):

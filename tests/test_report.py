@@ -41,8 +41,6 @@ SETTINGS = {
     "documents": {"unknown": 0, "tokens": 1000},
     "parameters": 1000,
 }
-
-
 RUN_LINES = [*(line(i) for i in range(1, 21)), evaluation(20)]
 SAMPLES = [sample(10), sample(20)]
 

@@ -17,6 +17,7 @@ from small_runs import (
     RESULTS,
     TINY,
     Killed,
+    before_each_step,
     everything,
     interrupt_at,
     kill_after,
@@ -33,30 +34,19 @@ from minikl.model import MiniKL
 pytestmark = pytest.mark.usefixtures("home")
 
 
-def replace_step(monkeypatch, begin):
-    "Have every run call `begin(step)` before it takes a step."
-    take = train.Run.step
-
-    def stepping(self, step, progress):
-        begin(step)
-        return take(self, step, progress)
-
-    monkeypatch.setattr(train.Run, "step", stepping)
-
-
 def die_at_once(monkeypatch):
     "No run takes a single step."
     def dies(step):
         raise Killed
 
-    replace_step(monkeypatch, dies)
+    before_each_step(monkeypatch, dies)
 
 
 def no_space(*arguments):
     raise OSError(errno.ENOSPC, "No space left on device")
 
 
-# Nothing of a finished run is lost
+# ---- nothing of a finished run is lost
 
 BAD_ENDS = {
     "diverges": (["--seed=1", "--lr=1e30"], 2),
@@ -194,7 +184,8 @@ def test_two_runs_in_one_folder(run, tmp_path):
     assert "nothing to do" in well(run("out", "--resume"))
 
 
-# Resuming
+# ---- resuming
+
 
 @pytest.mark.parametrize("kind", ["muon", "adamw"])
 def test_a_checkpoint_of_an_older_version_goes_on(kind, run, tmp_path):
@@ -278,7 +269,7 @@ def not_a_number_in(monkeypatch, step):
         if number == step:
             raise FloatingPointError("the gradient has norm nan")
 
-    replace_step(monkeypatch, failing)
+    before_each_step(monkeypatch, failing)
 
 
 def test_what_diverges_twice_is_put_aside_twice(run, tmp_path, monkeypatch):
@@ -339,7 +330,8 @@ def test_another_precision_is_announced(run, tmp_path, monkeypatch):
     assert "dtype=bf16, there fp32" in well(run("out", "--resume"))
 
 
-# Text that is not text
+# ---- text that is not text
+
 
 @pytest.fixture
 def half(tmp_path):
@@ -383,7 +375,7 @@ def test_names_and_prompts_that_are_not_utf8(run, tmp_path):
     assert json.loads(facts)
 
 
-# Mistakes and bugs
+# ---- mistakes and bugs
 
 TWICE = f"--data_jsonl_path={OLD}/data.jsonl {OLD}/data.jsonl"
 ABSURD = {
@@ -481,7 +473,8 @@ def test_results_of_a_full_disk_name_the_file_and_come_with_resume(
     assert result(tmp_path / "out") == result(tmp_path / "whole")
 
 
-# Several processes, as far as one can tell in one
+# ---- several processes, as far as one can tell in one
+
 
 def test_an_error_that_cannot_travel_is_still_told(monkeypatch):
     class TakesTwo(Exception):
