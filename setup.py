@@ -1,4 +1,8 @@
-"Installs MiniKL with the facts of settings.ini; written for nbdev 2, which reads the same file."
+"""Installs MiniKL with the facts of settings.ini, which nbdev 2 reads too.
+
+    python -m pip install -e .
+"""
+
 from configparser import ConfigParser
 from pathlib import Path
 

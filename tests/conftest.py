@@ -1,4 +1,4 @@
-"""What all tests share: scripts called here or as processes, and a last line that counts.
+"""What all tests share: scripts called here or as processes, a last line that counts.
 
 `make test` runs the tests side by side (pytest-xdist); `python -m pytest tests` runs
 them one after the other. `--long` adds those that take minutes.
@@ -13,19 +13,22 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "tools"))   # tests import hosts.py
 # before minikl and torch are imported
 os.environ.setdefault("TQDM_DISABLE", "1")
 # threads that wait for one another sleep: where cores are shared, waiting at full speed
 # took five times the computing
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-LONGEST = (   # parts of names of tests that take long, in this order: they begin first
+# parts of names of tests that take long, in this order: they begin first
+LONGEST = (
     "lesson_runs[13", "lesson_runs[08_", "lesson_runs[01", "lesson_runs[12",
     "lesson_runs[14", "lesson_runs[08b", "lesson_runs[10", "lesson_runs[07",
     "site_has", "lesson_runs[11", "killed_runs", "broken_resume", "lesson_runs",
-    "no_process_ever", "slower_than", "hosts", "each_host_reads", "wheel", "of_any_rank",
-    "on_one_rank", "all_find", "compiled_blocks", "any_jsonl", "two_processes",
-    "without_network", "checkpoint_goes_on", "plan_measures", "no_damage", "ctrl_c",
+    "no_process_ever", "slower_than", "hosts", "each_host_reads", "wheel",
+    "of_any_rank", "on_one_rank", "all_find", "compiled_blocks", "any_jsonl",
+    "two_processes", "without_network", "checkpoint_goes_on", "plan_measures",
+    "no_damage", "ctrl_c",
 )
 
 
@@ -38,7 +41,8 @@ def is_worker(config):
 
 
 def pytest_configure(config):
-    config.addinivalue_line("markers", "long: takes minutes, and runs under --long only")
+    long = "long: takes minutes, and runs under --long only"
+    config.addinivalue_line("markers", long)
     if is_worker(config):   # the cores are shared with its neighbours
         os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -97,14 +101,44 @@ def script(capfd):
     return call
 
 
+@pytest.fixture
+def run(script, tmp_path):
+    "run('name', *options) trains a small run in this process, into tmp_path/name."
+    from small_runs import GIVEN, TINY
+
+    from minikl import train
+
+    def call(name, *options):   # CompletedProcess
+        out = tmp_path / name
+        small = [*TINY, "--max_steps=8", *GIVEN]
+        return script(train.main, *small, f"--out_dir={out}", *options)
+
+    return call
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    "Caches of a test go to a folder of its own; Ctrl-C is not ignored."
+    from minikl import train
+    monkeypatch.setattr(train, "DATA", tmp_path / "data")
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.fixture(scope="session")
 def python():
     "Run Python in the root of the project: python('minikl/train.py', …)."
     def call(*arguments, cwd=ROOT, **options):   # CompletedProcess
         return subprocess.run(
             [sys.executable, *map(str, arguments)],
-            cwd=cwd, capture_output=True, text=True, timeout=600, **options,
+            cwd=cwd,
+            capture_output=True,
+            text=True,
+            timeout=600,
+            **options,
         )
+
     return call
 
 
@@ -122,10 +156,11 @@ def torchrun(python):
 @pytest.fixture
 def two(tmp_path_factory):
     "train.main in two processes, as torchrun starts it but without its launcher."
-    from two_processes import run
+    import two_processes
 
     def call(*arguments):   # CompletedProcess
-        return run(map(str, arguments), tmp_path_factory.mktemp("two"))
+        folder = tmp_path_factory.mktemp("two")
+        return two_processes.run(map(str, arguments), folder)
 
     return call
 

@@ -123,7 +123,8 @@ def test_import_creates_nothing_and_the_toy_corpus_is_built_at_home(tmp_path):
 
 
 def test_another_pattern_gives_other_tokens(tmp_path, monkeypatch):
-    corpus, vocabulary = jsonl(tmp_path / "a.jsonl", "ab ab"), tokenizer("ab ab")
+    corpus = jsonl(tmp_path / "a.jsonl", "ab ab")
+    vocabulary = tokenizer("ab ab")
     folder = build_tokens(corpus, vocabulary, tmp_path)
     plain = plain_fingerprint(corpus)
     monkeypatch.setattr(minikl.tokenizer, "SPLIT", re.compile("."))
@@ -147,7 +148,8 @@ def test_another_code_gives_another_fingerprint(tmp_path, monkeypatch):
 
 
 def test_the_old_fingerprint_is_still_known(tmp_path):
-    corpus, vocabulary = jsonl(tmp_path / "a.jsonl", "ab"), {"a": 0, HALF: 1}
+    corpus = jsonl(tmp_path / "a.jsonl", "ab")
+    vocabulary = {"a": 0, HALF: 1}
     settings = [[vocabulary, "error"], file_sha256(corpus)]
     old = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]
     assert plain_fingerprint(corpus, vocabulary, "error") == old
@@ -159,7 +161,8 @@ def test_a_token_file_is_named_after_data_and_vocabulary(tmp_path, monkeypatch):
     vocabulary = tokenizer("ab")
     path = jsonl(tmp_path / "a.jsonl", "ab")
     folder = build_tokens(path, vocabulary, tmp_path)
-    assert TokenFile(folder).name == f"tokens-{plain_fingerprint(path, vocabulary.vocab, 'error')}"
+    name = f"tokens-{plain_fingerprint(path, vocabulary.vocab, 'error')}"
+    assert TokenFile(folder).name == name
     monkeypatch.setattr(minikl.tokenizer, "SPLIT", regex.compile(r"[a-z]|."))
     edited = build_tokens(path, vocabulary, tmp_path)
     assert edited != folder and TokenFile(edited).name == TokenFile(folder).name
@@ -197,8 +200,10 @@ def test_a_damaged_table_of_contents_is_named(contents, tmp_path):
 
 
 def test_two_builders_at_once_share_one_result(tmp_path):
-    corpus, vocabulary = jsonl(tmp_path / "a.jsonl", "ab"), tokenizer("ab")
-    meet, found = threading.Barrier(2), []
+    corpus = jsonl(tmp_path / "a.jsonl", "ab")
+    vocabulary = tokenizer("ab")
+    meet = threading.Barrier(2)
+    found = []
 
     def encode_batch(texts, **options):
         meet.wait(timeout=30)   # neither is done before the other has begun
@@ -249,11 +254,14 @@ def test_no_npm(npm, tmp_path):
         fetch_poetry(tmp_path / "built")
 
 
+TWO_LINES = "printf 'npm error code E500\\nnpm error no' >&2; exit 1"
+
+
 @pytest.mark.parametrize(
     "script, said",
     [
         ("echo 'npm error code ENOTFOUND' >&2; exit 1", "npm error code ENOTFOUND$"),
-        ("printf 'npm error code E500\\nnpm error no' >&2; exit 1", "E500 npm error no"),
+        (TWO_LINES, "E500 npm error no"),
         ("printf '\\377\\351' >&2; exit 1", "could not fetch"),   # not UTF-8
         ("exit 1", "no answer"),
         ("echo junk > chinese-poetry-2.0.1.tgz", "damaged or not the one expected"),
@@ -360,7 +368,7 @@ def test_half_a_pair_in_a_vocabulary_comes_back(tmp_path):
 
 
 def test_two_halves_that_json_would_join_are_refused(tmp_path):
-    vocabulary = Tokenizer({"\ud83d": 0, "\ude42": 1, "\ud83d\ude42": 2})
+    vocabulary = Tokenizer({HALF: 0, "\ude42": 1, HALF + "\ude42": 2})
     with pytest.raises(UserError, match="v.json: JSON cannot hold"):
         vocabulary.save(tmp_path / "v.json")
     assert list(tmp_path.iterdir()) == []

@@ -4,16 +4,13 @@ Lesson 13 itself kills a host, pulls its cable, and counts bytes.
 """
 import json
 import shutil
-import sys
 
 import pytest
 from conftest import ROOT
-from test_scripts import losses
+from hosts import Hosts, impossible
+from small_runs import losses
 
 from minikl import train
-
-sys.path.insert(0, str(ROOT / "tools"))
-from hosts import Hosts, impossible
 
 SHAPE = [
     "--d_model=32", "--num_heads=2", "--num_kv_heads=2", "--num_layers=2",

@@ -7,7 +7,9 @@ import os
 import re
 import shutil
 import sys
+from collections import Counter, defaultdict
 from pathlib import Path
+from urllib.parse import unquote
 
 import matplotlib
 import pytest
@@ -40,14 +42,18 @@ def files(folder, pattern):
 
 def test_package_is_what_the_lessons_export(copy, python):
     shutil.rmtree(copy / "minikl")
-    done = python("-c", "from nbdev.doclinks import nbdev_export; nbdev_export()", cwd=copy)
+    export = "from nbdev.doclinks import nbdev_export; nbdev_export()"
+    done = python("-c", export, cwd=copy)
     assert done.returncode == 0, done.stderr
-    assert files(copy / "minikl", "*.py") == files(ROOT / "minikl", "*.py"), "edit the lessons, never minikl/; then: make export"
+    exported = files(copy / "minikl", "*.py")
+    fix = "edit the lessons, never minikl/; then: make export"
+    assert exported == files(ROOT / "minikl", "*.py"), fix
 
 
 def test_lessons_are_clean(copy, python):
     before = files(copy / "nbs", "*.ipynb")
-    done = python("-c", "from nbdev.clean import nbdev_clean; nbdev_clean()", cwd=copy)
+    clean = "from nbdev.clean import nbdev_clean; nbdev_clean()"
+    done = python("-c", clean, cwd=copy)
     assert done.returncode == 0, done.stderr
     assert files(copy / "nbs", "*.ipynb") == before, "run nbdev_clean"
 
@@ -56,20 +62,25 @@ def test_lessons_are_clean(copy, python):
 def test_lesson_shows_its_outputs(path):
     outputs = [output for cell in cells(path) for output in cell.get("outputs", [])]
     assert not [output for output in outputs if output["output_type"] == "error"]
-    assert any("image/png" in output.get("data", {}) for output in outputs), "no plot: run make execute"
+    plots = [output for output in outputs if "image/png" in output.get("data", {})]
+    assert plots, "no plot: run make execute"
 
 
 def test_no_class_is_defined_twice():
-    found = {}
+    lessons_of = defaultdict(list)
     for path in LESSONS:
-        code = [cell for cell in cells(path) if cell["cell_type"] == "code"]
-        for cell in code:
-            for name in set(re.findall(r"^class (\w+)", "".join(cell["source"]), re.M)):
-                found.setdefault(name, []).append(path.stem)
-    assert not {name: stems for name, stems in found.items() if len(stems) > 1}
+        for cell in cells(path):
+            if cell["cell_type"] != "code":
+                continue
+            code = "".join(cell["source"])
+            for name in set(re.findall(r"^class (\w+)", code, re.M)):
+                lessons_of[name].append(path.stem)
+    assert not {name: stems for name, stems in lessons_of.items() if len(stems) > 1}
 
 
-# from the lowest to the highest: a module imports only from those before it
+# ---- layers
+
+# from below to above: a module imports only from those before it
 MODULES = (
     "files tokenizer data rope attention nested model training parallel generate train "
     "bench llama report"
@@ -89,16 +100,223 @@ def imported(path):   # set of dotted names, of this package's modules as "minik
     return found
 
 
+def own_modules(path):   # set of names; "__init__" for the package itself
+    "The modules of this package that one of them imports."
+    found = set()
+    for name in imported(path):
+        package, _, rest = name.partition(".")
+        module = rest.split(".")[0]
+        if package == "minikl":
+            found.add("__init__" if module.startswith("__") else module or "__init__")
+    return found
+
+
+def reaches(imports, start, goal):
+    "Whether one module leads to another, through any number of imports."
+    seen = set()
+    waiting = [start]
+    while waiting:
+        name = waiting.pop()
+        if name == goal:
+            return True
+        if name not in seen:
+            seen.add(name)
+            waiting.extend(imports.get(name, ()))
+    return False
+
+
+def misplaced_imports(
+    folder,  # of the package
+    order,   # names of its modules, from below to above
+):           # list of lines; each names the module that imports and what it imports
+    "Imports upwards, in a circle, or of modules that have no place in the order."
+    imports = {path.stem: own_modules(path) for path in sorted(folder.glob("*.py"))}
+    place = {name: i for i, name in enumerate(["__init__", *order, "_modidx"])}
+    faults = [f"{name} has no place" for name in imports if name not in place]
+    for name in imports.keys() & place.keys():
+        for other in imports[name]:
+            if other not in place or other not in imports:
+                faults.append(f"{name} imports {other}, which is unknown")
+            elif place[other] >= place[name]:
+                circle = ", in a circle" if reaches(imports, other, name) else ""
+                faults.append(f"{name} imports {other} upwards{circle}")
+    return sorted(faults)
+
+
+def test_modules_import_only_from_lower_ones():
+    faults = misplaced_imports(ROOT / "minikl", MODULES)
+    assert not faults, "\n".join(faults)
+
+
 def test_every_module_has_its_place():
-    assert set(MODULES) | {"__init__", "_modidx"} == {path.stem for path in PACKAGE}
+    assert {*MODULES, "__init__", "_modidx"} == {path.stem for path in PACKAGE}
 
 
-@pytest.mark.parametrize("name", MODULES)
-def test_modules_import_only_from_lower_ones(name):
-    names = imported(ROOT / "minikl" / f"{name}.py")
-    own = {name.split(".")[1] for name in names if name.startswith("minikl.")}
-    lower = MODULES[:MODULES.index(name)]
-    assert own <= set(lower), f"{name} imports {sorted(own - set(lower))}"
+INDENTED = "def f():\n    if True:\n        {}\n"
+UPWARDS = ["low imports high upwards"]
+CIRCLE = ["low imports high upwards, in a circle"]
+ITSELF = ["low imports low upwards, in a circle"]
+UNKNOWN = ["high imports none, which is unknown"]
+IMPORTS = {   # what happens: (code of low, code of high, what has to be found)
+    "downwards": ("", "from minikl.low import x", []),
+    "package": ("from minikl import __version__", "from . import low", []),
+    "upwards": ("from minikl.high import x", "", UPWARDS),
+    "indented": (INDENTED.format("from minikl.high import x"), "", UPWARDS),
+    "indented module": (INDENTED.format("from minikl import high"), "", UPWARDS),
+    "indented name": (INDENTED.format("import minikl.high"), "", UPWARDS),
+    "indented relative": (INDENTED.format("from .high import x"), "", UPWARDS),
+    "indented dot": (INDENTED.format("from . import high"), "", UPWARDS),
+    "circle": ("from .high import x", "from .low import x", CIRCLE),
+    "itself": ("from minikl import low", "", ITSELF),
+    "unknown": ("", "import minikl.none", UNKNOWN),
+    "indented unknown": ("", INDENTED.format("from . import none"), UNKNOWN),
+}
+
+
+@pytest.mark.parametrize("name", IMPORTS)
+def test_a_misplaced_import_is_found(name, tmp_path):
+    low, high, faults = IMPORTS[name]
+    for module, code in {"low": low, "high": high, "__init__": ""}.items():
+        (tmp_path / f"{module}.py").write_text(code)
+    assert misplaced_imports(tmp_path, ["low", "high"]) == faults
+
+
+def test_a_module_without_a_place_is_found(tmp_path):
+    (tmp_path / "other.py").write_text("")
+    assert misplaced_imports(tmp_path, ["low"]) == ["other has no place"]
+
+
+# ---- how the code is written
+
+
+def test_ruff(python):
+    folders = ["nbs", "minikl", "tests", "tools", "setup.py"]
+    done = python("-m", "ruff", "check", "--output-format=concise", *folders)
+    last_lines = (done.stdout + done.stderr).splitlines()[-20:]
+    assert done.returncode == 0, "\n".join(last_lines)
+
+
+WRITTEN = [path for path in PACKAGE if not path.name.startswith("_")]
+
+
+def lines_with_code(path):   # number of lines that are neither empty nor a comment
+    lines = path.read_text(encoding="utf-8").splitlines()
+    return sum(bool(line.strip()) and line.strip()[0] != "#" for line in lines)
+
+
+def syntax_nodes(path):   # number of nodes of the syntax tree
+    return len(list(ast.walk(ast.parse(path.read_text(encoding="utf-8")))))
+
+
+each_module = pytest.mark.parametrize("path", WRITTEN, ids=lambda path: path.stem)
+
+
+@each_module
+def test_a_module_is_short(path):
+    "At most 300 lines with code."
+    assert lines_with_code(path) <= 300
+
+
+@each_module
+def test_a_module_is_not_dense(path):
+    "At most 10.5 syntax nodes a line."
+    assert syntax_nodes(path) / lines_with_code(path) <= 10.5
+
+
+@each_module
+def test_a_module_fits_on_a_page(path):
+    "At most 88 columns."
+    lines = path.read_text(encoding="utf-8").splitlines()
+    assert not [line for line in lines if len(line) > 88]
+
+
+def test_the_package_is_not_dense():
+    "At most 9 syntax nodes a line."
+    n_lines = sum(map(lines_with_code, WRITTEN))
+    assert sum(map(syntax_nodes, WRITTEN)) / n_lines <= 9.0
+
+
+# ---- links
+
+TEXTS = [
+    *SOURCES,
+    *sorted(ROOT.glob("*.md")),
+    ROOT / "data" / "README.md",
+]
+FENCED = re.compile(r"^ *(```|~~~).*?^ *\1 *$", re.M | re.S)
+LINK = re.compile(
+    r"""\]\([ ]*<?([^)\s>]+)                  # [text](target "title"), ![image](target)
+    |^\[[^\]]+\]:[ ]+(\S+)                  # [text]: target
+    |<[^<>]*\b(?:src|href)=["']([^"']+)      # <img src="target">
+    """,
+    re.M | re.X,
+)
+ELSEWHERE = re.compile(r"[a-z][a-z0-9+.-]*:|//", re.I)   # https:, mailto:, attachment:
+
+
+def markdown(path):
+    "What a markdown file says, or the markdown cells of a notebook; without programs."
+    if path.suffix == ".ipynb":
+        texts = [cell for cell in cells(path) if cell["cell_type"] == "markdown"]
+        text = "\n\n".join("".join(cell["source"]) for cell in texts)
+    else:
+        text = path.read_text(encoding="utf-8")
+    return FENCED.sub("", text)
+
+
+def anchors(path):   # set of what may stand behind # in a link
+    "The headings as GitHub and nbdev name them: lower case, hyphens, no punctuation."
+    found = set()
+    times = Counter()
+    text = markdown(path)
+    for heading in re.findall(r"^#{1,6} +(.*?)[ #]*$", text, re.M):
+        shown = re.sub(r"!?\[([^\]]*)\]\([^)]*\)", r"\1", heading)
+        slug = re.sub(r"[^\w\- ]", "", shown.lower()).replace(" ", "-")
+        found.add(f"{slug}-{times[slug]}" if times[slug] else slug)
+        times[slug] += 1
+    return found | set(re.findall(r"<[^<>]*\b(?:id|name)=[\"']([^\"']+)", text))
+
+
+def broken_links(path):   # list of links as they are written
+    "Relative links to files or headings that are not there."
+    text = re.sub(r"`[^`\n]+`", "", markdown(path))
+    links = ["".join(found) for found in LINK.findall(text)]
+    broken = []
+    for link in links:
+        if ELSEWHERE.match(link):
+            continue
+        name, _, anchor = unquote(link).partition("#")
+        target = path.parent / name if name else path
+        if not target.exists() or (anchor and anchor not in anchors(target)):
+            broken.append(link)
+    return broken
+
+
+@pytest.mark.parametrize("path", TEXTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_links_lead_somewhere(path):
+    assert broken_links(path) == []
+
+
+def test_a_broken_link_is_found(tmp_path):
+    cell = {"cell_type": "markdown", "source": ["## `share`: dealing, a *step*\n", "x"]}
+    notebook = json.dumps({"cells": [cell]})
+    (tmp_path / "a.ipynb").write_text(notebook, encoding="utf-8")
+    good = (
+        "[a](a.ipynb#share-dealing-a-step) [b](#你好-x) [c](https://x.y/none) "
+        "[`d`](a.ipynb \"title\") `[e](none)` ![f](t.md#x-1)\n\n"
+        "## 你好 x\n# x\n# X\n```\n# program [g](none)\n```\n"
+    )
+    bad = (
+        "[a](none.ipynb) [b](a.ipynb#share) ![c](none.png) [d](#program-g)\n"
+        "<img width=3 src='none.svg'>\n[e]: none.md\n"
+    )
+    (tmp_path / "t.md").write_text(good + bad, encoding="utf-8")
+    assert broken_links(tmp_path / "t.md") == [
+        "none.ipynb", "a.ipynb#share", "none.png", "#program-g", "none.svg", "none.md",
+    ]
+
+
+# ---- what is declared, and what is installed
 
 
 def declared(key):   # list of names of packages
@@ -125,36 +343,49 @@ def test_what_is_declared_is_imported():
 
 
 def test_no_module_hides_the_standard_library():
-    assert not {path.stem for path in (ROOT / "minikl").glob("*.py")} & set(sys.stdlib_module_names)
+    assert not {path.stem for path in PACKAGE} & set(sys.stdlib_module_names)
+
+
+IMPORT_ALL = """
+import importlib, pkgutil, sys
+import minikl
+for module in pkgutil.iter_modules(minikl.__path__):
+    importlib.import_module("minikl." + module.name)
+others = {"transformers", "tokenizers", "deepspeed", "lightning", "wandb"}
+print(sorted(others & set(sys.modules)))
+"""
 
 
 def test_package_is_plain_pytorch(python):
-    code = ("import sys, pkgutil, importlib, minikl\n"
-            "for module in pkgutil.iter_modules(minikl.__path__): importlib.import_module('minikl.' + module.name)\n"
-            "print(sorted({'transformers', 'tokenizers', 'deepspeed', 'lightning', 'wandb'} & set(sys.modules)))")
-    done = python("-c", code)
+    done = python("-c", IMPORT_ALL)
     assert done.stdout.strip() == "[]", done.stdout + done.stderr
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.stem)
 def test_lesson_runs(path, python):
-    done = python("-c", f"from nbdev.test import nbdev_test; nbdev_test(path={str(path)!r}, n_workers=0)")
+    call = f"nbdev_test(path={str(path)!r}, n_workers=0)"
+    done = python("-c", f"from nbdev.test import nbdev_test; {call}")
     assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
 
 
-@pytest.mark.skipif(sys.version_info < (3, 11), reason="the site needs Quarto, or Python 3.11 or newer")
+@pytest.mark.skipif(
+    sys.version_info < (3, 11), reason="the site needs Quarto, or Python 3.11 or newer"
+)
 def test_site_has_a_page_for_each_lesson(copy, python):
     done = python("tools/docs.py", cwd=copy)
     assert done.returncode == 0, done.stderr
-    pages = {path.stem: path.read_text(encoding="utf-8") for path in (copy / "_docs").glob("*.html")}
+    pages = {path.stem: path for path in (copy / "_docs").glob("*.html")}
     assert set(pages) == {"index", *(path.stem.split("_", 1)[1] for path in LESSONS)}
-    assert all("本课小结" in page for name, page in pages.items() if name != "index")
+    del pages["index"]
+    for page in pages.values():
+        assert "本课小结" in page.read_text(encoding="utf-8"), page.name
 
 
 @pytest.fixture
 def installed(tmp_path, copy, python):
     "The package as `pip install .` puts it into site-packages, away from the project."
-    wheels, site = tmp_path / "wheels", tmp_path / "site"
+    wheels = tmp_path / "wheels"
+    site = tmp_path / "site"
     offline = ["--quiet", "--no-deps", "--no-build-isolation", "--no-index"]
     for command in (
         ["wheel", "--wheel-dir", wheels, "."],

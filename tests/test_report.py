@@ -1,4 +1,4 @@
-"minikl.report: whatever stands in the files, a page or one line that says what is wrong."
+"minikl.report: whatever stands in the files, a page or a line that says what is wrong."
 import json
 import math
 import os
@@ -41,20 +41,30 @@ SETTINGS = {
     "documents": {"unknown": 0, "tokens": 1000},
     "parameters": 1000,
 }
+RUN_LINES = [*(line(i) for i in range(1, 21)), evaluation(20)]
+SAMPLES = [sample(10), sample(20)]
 
 
-def write(folder, metrics=None, samples=None, settings=SETTINGS, running=False):
-    "The files of a run of twenty lines, or with other lines (dict, or bytes as they are)."
-    metrics = [line(i) for i in range(1, 21)] + [evaluation(20)] if metrics is None else metrics
-    samples = [sample(10), sample(20)] if samples is None else samples
+def to_bytes(thing):
+    "JSON, or bytes as they are."
+    return thing if isinstance(thing, bytes) else json.dumps(thing).encode()
+
+
+def write(
+    folder,
+    metrics=RUN_LINES,  # list of dict, or of bytes as they are
+    samples=SAMPLES,    # the same
+    settings=SETTINGS,  # dict, or bytes as they are
+    running=False,      # a run under way has no settings
+):                      # the folder
+    "The files of a run."
     place = folder / "running" if running else folder
     place.mkdir(parents=True, exist_ok=True)
     for name, lines in (("metrics", metrics), ("samples", samples)):
-        data = [x if isinstance(x, bytes) else json.dumps(x).encode() for x in lines]
-        (place / f"{name}.jsonl").write_bytes(b"".join(x + b"\n" for x in data))
+        data = b"".join(to_bytes(line) + b"\n" for line in lines)
+        (place / f"{name}.jsonl").write_bytes(data)
     if not running:
-        text = settings if isinstance(settings, bytes) else json.dumps(settings).encode()
-        (folder / "run.json").write_bytes(text)
+        (folder / "run.json").write_bytes(to_bytes(settings))
     return folder
 
 
@@ -75,11 +85,25 @@ def test_a_good_run_has_a_page(tmp_path, capsys):
 
 
 BAD_LINES = [
-    b"5", b"wrong", b'{"loss": 1}', b"[" * 100_000, b"\xff\xfe", b"null", b"[1]", b'"x"', b"",
-    b"1" * 5000, json.dumps(line(3, step="3")).encode(), json.dumps(line(3, tokens=None)).encode(),
-    json.dumps(line(3, loss=math.nan)).encode(), json.dumps(line(3, lr=math.inf)).encode(),
-    json.dumps(line(3, gradient_norm=1e308)).encode(), json.dumps(line(3, padding=True)).encode(), json.dumps(line(3, seconds=10**400)).encode(),
-    b'{"step": 3, "bits_per_char": "one"}', b'{"bits_per_char": 1}',
+    b"5",
+    b"wrong",
+    b'{"loss": 1}',
+    b"[" * 100_000,
+    b"\xff\xfe",
+    b"null",
+    b"[1]",
+    b'"x"',
+    b"",
+    b"1" * 5000,
+    to_bytes(line(3, step="3")),
+    to_bytes(line(3, tokens=None)),
+    to_bytes(line(3, loss=math.nan)),
+    to_bytes(line(3, lr=math.inf)),
+    to_bytes(line(3, gradient_norm=1e308)),
+    to_bytes(line(3, padding=True)),
+    to_bytes(line(3, seconds=10**400)),
+    b'{"step": 3, "bits_per_char": "one"}',
+    b'{"bits_per_char": 1}',
     b'{"a": ' * 30 + b"1" + b"}" * 30,
 ]
 
@@ -93,7 +117,10 @@ def test_a_damaged_line_is_named(tmp_path, capsys, bad):
     assert not (out / "report.html").exists()
 
 
-@pytest.mark.parametrize("bad", [b"{}", b"3", b'{"step": 1, "prompt": 1, "text": "x"}', b"x"])
+BAD_SAMPLES = [b"{}", b"3", b'{"step": 1, "prompt": 1, "text": "x"}', b"x"]
+
+
+@pytest.mark.parametrize("bad", BAD_SAMPLES)
 def test_a_damaged_sample_is_named(tmp_path, capsys, bad):
     out = write(tmp_path / "out", samples=[sample(10), bad, sample(20)])
     assert f"{out}/samples.jsonl: line 2: " in refused(capsys, out)
@@ -108,19 +135,37 @@ def test_a_last_line_that_was_cut_off_is_left_out(tmp_path):
     write_report([out])
 
 
-@pytest.mark.parametrize("bad", [b"null", b"[1]", b'"x"', b"{", b"", b"\xff", b"[" * 100_000])
+NO_OBJECTS = [b"null", b"[1]", b'"x"', b"{", b"", b"\xff", b"[" * 100_000]
+
+
+@pytest.mark.parametrize("bad", NO_OBJECTS)
 def test_a_damaged_run_json_is_named(tmp_path, capsys, bad):
     out = write(tmp_path / "out", settings=bad)
     assert f"{out}/run.json: expected a JSON object" in refused(capsys, out)
 
 
 STRANGE_SETTINGS = [
-    {}, {"options": [1], "baselines": [2], "documents": 3, "parameters": "many"},
-    {"options": {"clip": "1", "vocab_size": 1}, "documents": {"unknown": 0, "tokens": 0}},
-    {"options": {"clip": 0, "vocab_size": "x"}, "documents": {"unknown": "a", "tokens": []}},
+    {},
+    {"options": [1], "baselines": [2], "documents": 3, "parameters": "many"},
+    {
+        "options": {"clip": "1", "vocab_size": 1},
+        "documents": {"unknown": 0, "tokens": 0},
+    },
+    {
+        "options": {"clip": 0, "vocab_size": "x"},
+        "documents": {"unknown": "a", "tokens": []},
+    },
     {"options": {"clip": -1, "vocab_size": -5}, "documents": {"tokens": 5}},
-    {"baselines": {"bigram": "2", "xz": 0, "x": None, "y": -1, "z": 10**400, "n": math.nan}},
-    {"baselines": {"\ud83d": 2.0, "$x$ <b>": 2.0, "": 1.0, "_a": 3.0, "\0\x1b\n": 1.5}},
+    {
+        "baselines": {
+            "bigram": "2", "xz": 0, "x": None, "y": -1, "z": 10**400, "n": math.nan,
+        }
+    },
+    {
+        "baselines": {
+            "\ud83d": 2.0, "$x$ <b>": 2.0, "": 1.0, "_a": 3.0, "\0\x1b\n": 1.5,
+        }
+    },
     {"command": "\ud83d", "data": ["\udcff"], "parameters": 10**400, "options": None},
 ]
 
@@ -130,18 +175,32 @@ def test_strange_settings_are_left_out(tmp_path, settings):
     write_report([write(tmp_path / "out", settings=settings)])
 
 
-@pytest.mark.parametrize("values", [
-    {"gradient_norm": 0.0}, {"train_bits_per_char": 0.0, "loss": 0.0}, {"tokens_per_s": 0.0},
-    {"gradient_norm": math.inf}, {"tokens": 0}, {"train_bits_per_char": 1e-320},
-    {"train_bits_per_char": -1.0}, {"tokens": 1e39}, {"lr": 1e39, "tokens_per_s": -1e39},
-    {"gradient_norm": 1e39}, {"train_bits_per_char": 1e39}, {"step": 10**39},
-])
+STRANGE_NUMBERS = [
+    {"gradient_norm": 0.0},
+    {"train_bits_per_char": 0.0, "loss": 0.0},
+    {"tokens_per_s": 0.0},
+    {"gradient_norm": math.inf},
+    {"tokens": 0},
+    {"train_bits_per_char": 1e-320},
+    {"train_bits_per_char": -1.0},
+    {"tokens": 1e39},
+    {"lr": 1e39, "tokens_per_s": -1e39},
+    {"gradient_norm": 1e39},
+    {"train_bits_per_char": 1e39},
+    {"step": 10**39},
+]
+
+
+@pytest.mark.parametrize("values", STRANGE_NUMBERS)
 def test_strange_numbers_have_a_page(tmp_path, values):
     metrics = [line(i, **values) for i in range(1, 21)] + [evaluation(20)]
     write_report([write(tmp_path / "out", metrics)])
 
 
-@pytest.mark.parametrize("bits", [0.0, 0, math.nan, math.inf, -math.inf, 1e39, 1e-320, -1])
+STRANGE_BITS = [0.0, 0, math.nan, math.inf, -math.inf, 1e39, 1e-320, -1]
+
+
+@pytest.mark.parametrize("bits", STRANGE_BITS)
 def test_strange_evaluations_have_a_page(tmp_path, bits):
     metrics = [line(i) for i in range(1, 21)] + [evaluation(10), evaluation(20, bits)]
     settings = SETTINGS if bits else {}
@@ -162,7 +221,8 @@ def test_a_run_without_training_is_refused(tmp_path, capsys):
 
 
 def test_surrogates_in_texts_and_names(tmp_path, capsys):
-    nasty = write(tmp_path / os.fsdecode(b"\xff $x$ <b>"), samples=[sample(1, "\ud83d")])
+    name = os.fsdecode(b"\xff $x$ <b>")
+    nasty = write(tmp_path / name, samples=[sample(1, "\ud83d")])
     main([str(nasty), str(write(tmp_path / "b"))])
     page = (nasty / "report.html").read_text(encoding="utf-8")
     assert "\\ud83d" in page and "\\udcff" in page and "<b>" not in page
@@ -172,15 +232,17 @@ def test_surrogates_in_texts_and_names(tmp_path, capsys):
 def test_no_folder_is_one_line(tmp_path, monkeypatch, capsys, name):
     monkeypatch.chdir(tmp_path)
     write(tmp_path / "here")
-    shutil.copytree(tmp_path / "here", tmp_path, dirs_exist_ok=True)   # '' is not '.'
+    # '' is not '.', in which there is a run
+    shutil.copytree(tmp_path / "here", tmp_path, dirs_exist_ok=True)
     (tmp_path / "file").write_text("x")
     assert refused(capsys, name)
     assert not (tmp_path / "report.html").exists()
 
 
 def test_a_folder_that_cannot_be_written_is_one_line(tmp_path, monkeypatch, capsys):
-    first, second = write(tmp_path / "a"), write(tmp_path / "b")
-    monkeypatch.setattr(report, "svg", fast_svg)
+    first = write(tmp_path / "a")
+    second = write(tmp_path / "b")
+    monkeypatch.setattr(report, "svg", FewDrawings())
     main([str(first), str(second)])
     capsys.readouterr()
     assert (first / "report.html").exists() and not (second / "report.html").exists()
@@ -189,36 +251,46 @@ def test_a_folder_that_cannot_be_written_is_one_line(tmp_path, monkeypatch, caps
 
     def forbidden(dir, prefix):
         raise PermissionError(13, "Permission denied", f"{dir}/{prefix}x")
+
     monkeypatch.setattr(files.tempfile, "mkstemp", forbidden)
     assert "Permission denied" in refused(capsys, first)
 
 
 def test_one_of_several_folders_is_damaged(tmp_path, capsys):
-    good, bad = write(tmp_path / "a"), write(tmp_path / "b", [line(1), b"5"])
+    good = write(tmp_path / "a")
+    bad = write(tmp_path / "b", [line(1), b"5"])
     assert f"{bad}/metrics.jsonl: line 2: " in refused(capsys, good, bad)
     assert not (good / "report.html").exists()
 
 
-def checkpoint(out, place, step, state):
+def checkpoint(
+    out,    # folder of a run
+    place,  # of its checkpoints
+    step,
+    state,  # dict, or bytes as they are
+):
     path = out / place / f"step-{step:08}" / "state.json"
     path.parent.mkdir(parents=True)
-    path.write_text(state if isinstance(state, str) else json.dumps(state))
+    path.write_bytes(to_bytes(state))
 
 
 def test_settings_of_a_run_under_way(tmp_path):
     out = write(tmp_path / "out", running=True)
     assert read_run(out).settings == {}
     first = [line(1)]
-    checkpoint(out, "checkpoints", 90, {"lines": [line(2)], "settings": {"run": "before"}})
+    before = {"lines": [line(2)], "settings": {"run": "before"}}
+    checkpoint(out, "checkpoints", 90, before)
     assert read_run(out).settings == {}
-    checkpoint(out, "checkpoints", 5, {"lines": first, "settings": {"run": "old version"}})
+    old = {"lines": first, "settings": {"run": "old version"}}
+    checkpoint(out, "checkpoints", 5, old)
     assert read_run(out).settings == {"run": "old version"}
-    checkpoint(out, "running/checkpoints", 2, {"lines": [], "settings": {"run": 2}})
-    checkpoint(out, "running/checkpoints", 10, {"lines": first, "settings": {"run": 10}})
+    running = "running/checkpoints"
+    checkpoint(out, running, 2, {"lines": [], "settings": {"run": 2}})
+    checkpoint(out, running, 10, {"lines": first, "settings": {"run": 10}})
     assert read_run(out).settings == {"run": 10}
-    checkpoint(out, "running/checkpoints", 20, "{")
-    checkpoint(out, "running/checkpoints", 30, "[" * 100_000)
-    checkpoint(out, "running/checkpoints", 40, {"settings": 5})
+    checkpoint(out, running, 20, b"{")
+    checkpoint(out, running, 30, b"[" * 100_000)
+    checkpoint(out, running, 40, {"settings": 5})
     assert read_run(out).settings == {"run": 10}
     write(out)
     shutil.rmtree(out / "running")
@@ -235,7 +307,8 @@ def test_a_run_of_an_older_version_under_way(tmp_path):
 
 
 def test_last_step_is_that_of_the_last_line(tmp_path):
-    metrics = [*(line(i) for i in range(1, 11)), evaluation(10), *(line(i) for i in range(11, 21))]
+    metrics = [line(i) for i in range(1, 21)]
+    metrics.insert(10, evaluation(10))
     out = write(tmp_path / "out", metrics, running=True)
     assert facts(read_run(out)).last_step == 20
     assert "step 20;" in diagnose(read_run(out))["unfinished"][0]
@@ -245,42 +318,65 @@ def test_what_is_not_known_is_not_said(tmp_path):
     metrics = [line(i, train_bits_per_char=1 + i / 10) for i in range(1, 21)]
     run = read_run(write(tmp_path / "out", metrics, settings={}))
     (said, _), = diagnose(run).values()
-    assert said.startswith("Learning rate too high: later it rose by") and "nan" not in said
+    assert said.startswith("Learning rate too high: later it rose by")
+    assert "nan" not in said
+
+
+TOKENS = [
+    b"null", b"5", b"NaN", b"Infinity", b"-1e999", b'"x"', b"{}", b"[1]", b"\xff",
+    b"\n", b"0", b"true", b"1e-320", b'"\\ud83d"', b"[" * 3000, b"9" * 400, b",",
+    b"}", b"-1",
+]
 
 
 def damage(data, chance):
     "Some bytes with one thing wrong."
-    kind, at = chance.randrange(6), chance.randrange(len(data) + 1)
-    tokens = [
-        b"null", b"5", b"NaN", b"Infinity", b"-1e999", b'"x"', b"{}", b"[1]", b"\xff", b"\n", b"0",
-        b"true", b"1e-320", b'"\\ud83d"', b"[" * 3000, b"9" * 400, b",", b"}", b"-1",
-    ]
+    kind = chance.randrange(6)
+    at = chance.randrange(len(data) + 1)
     if kind == 0:   # one byte
         return data[:at] + bytes([chance.randrange(256)]) + data[at + 1:]
     if kind == 1:   # cut off
         return data[:at]
     if kind == 2:   # something put in
-        return data[:at] + chance.choice(tokens) + data[at:]
+        return data[:at] + chance.choice(TOKENS) + data[at:]
     if kind == 3:   # a piece gone
         return data[:at] + data[at + chance.randrange(1, 60):]
     lines = data.split(b"\n")
     i = chance.randrange(len(lines))
     if kind == 4:   # another line
-        lines[i] = chance.choice(tokens)
+        lines[i] = chance.choice(TOKENS)
     else:           # another value in a line
-        fields = lines[i].split(b", ")
-        j = chance.randrange(len(fields))
-        name, colon, value = fields[j].partition(b": ")
-        closing = value[len(value.rstrip(b"}]")):]
-        fields[j] = name + colon + chance.choice(tokens) + closing
-        lines[i] = b", ".join(fields)
+        lines[i] = another_value(lines[i], chance)
     return b"\n".join(lines)
 
 
+def another_value(line, chance):
+    "A line of JSON with something else behind one of its names."
+    fields = line.split(b", ")
+    j = chance.randrange(len(fields))
+    name, colon, value = fields[j].partition(b": ")
+    closing = value[len(value.rstrip(b"}]")):]
+    fields[j] = name + colon + chance.choice(TOKENS) + closing
+    return b", ".join(fields)
+
+
+class FewDrawings:
+    "Draws every 20th report only: a page has five drawings, which take a second."
+    def __init__(self):
+        self.draw = report.svg
+        self.calls = 0
+
+    def __call__(self, *arguments):
+        self.calls += 1
+        return self.draw(*arguments) if self.calls // 5 % 20 == 0 else ""
+
+
 def test_no_damage_ends_in_a_traceback(tmp_path, monkeypatch):
-    monkeypatch.setattr(report, "svg", fast_svg)
+    monkeypatch.setattr(report, "svg", FewDrawings())
     good = write(tmp_path / "good")
-    chance, refusals, pages = random.Random(0), 0, 0
+    chance = random.Random(0)
+    refusals = 0
+    pages = 0
     for number in range(400):
         out = shutil.copytree(good, tmp_path / "out", dirs_exist_ok=True)
         for _ in range(chance.randrange(1, 3)):
@@ -295,33 +391,32 @@ def test_no_damage_ends_in_a_traceback(tmp_path, monkeypatch):
     assert refusals > 50 and pages > 50
 
 
-def fast_svg(draw, *arguments):
-    "Draw on every 20th damaged run only: a page has five drawings, which take a second."
-    fast_svg.calls = getattr(fast_svg, "calls", 0) + 1
-    return SVG(draw, *arguments) if fast_svg.calls // 5 % 20 == 0 else ""
-
-
-SVG = report.svg
-
-
 @pytest.mark.skipif(os.name == "nt", reason="signals")
 def test_ctrl_c_during_imports_is_silent(tmp_path):
     (tmp_path / "numpy.py").write_text(
         "import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(60)\n"
     )
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
+    path = os.pathsep.join([str(tmp_path), *sys.path])
     for how in ([report.__file__], ["-m", "minikl.report"]):
-        done = subprocess.run([sys.executable, *how], capture_output=True, text=True,
-                              env=environment, cwd=tmp_path, timeout=50)
+        done = subprocess.run(
+            [sys.executable, *how],
+            capture_output=True,
+            text=True,
+            env={**os.environ, "PYTHONPATH": path},
+            cwd=tmp_path,
+            timeout=50,
+        )
         assert (done.returncode, done.stderr) == (-signal.SIGINT, "")
 
 
 def test_main_gives_ctrl_c_back(tmp_path, monkeypatch):
-    "While it works, Python handles Ctrl-C; what was in force before is back at the end."
+    "While it works, Python handles Ctrl-C; in the end is in force what was before."
     handlers = []
+
     def interrupted(folders):
         handlers.append(signal.getsignal(signal.SIGINT))
         raise KeyboardInterrupt
+
     monkeypatch.setattr(report, "write_report", interrupted)
     before = signal.signal(signal.SIGINT, signal.SIG_DFL)
     try:

@@ -1,4 +1,4 @@
-"""Runs that are killed come back exact; and if something broke that, it would be noticed.
+"""Runs that are killed come back exact; if something broke that, it would be noticed.
 
 All in this process: from some operation on nothing happens any more, which is what
 SIGKILL means. `make soak` kills real processes, for many minutes.
@@ -7,10 +7,11 @@ import random
 from pathlib import Path
 
 import pytest
-from test_train import Killed, everything, home, kill_after, result, run, well  # noqa: F401
+from small_runs import Killed, everything, kill_after, result, well
 
 from minikl import train, training
 
+pytestmark = pytest.mark.usefixtures("home")
 STEPS = ["--max_steps=8", "--save_every=2", "--log_every=3", "--eval_every=3"]
 
 
@@ -24,11 +25,14 @@ def attempt(run, name, *options):  # whether it got to its end
 
 @pytest.mark.parametrize("seed", range(3))
 def test_killed_runs_come_back_exact(seed, run, tmp_path, monkeypatch):
-    "In the folder of a finished run, which keeps all it has until the new one has ended."
+    "In the folder of a finished run, which keeps all it has until the new one ends."
+    out = tmp_path / "out"
     well(run("whole", *STEPS))
     well(run("out", *STEPS, "--seed=1"))
-    yesterday, out = everything(tmp_path / "out"), tmp_path / "out"
-    chance, kills, alive = random.Random(seed), 0, False
+    yesterday = everything(out)
+    chance = random.Random(seed)
+    kills = 0
+    alive = False
     while not alive:
         more = ["--resume"] if any(out.glob("running/checkpoints/step-*")) else []
         with monkeypatch.context() as patched:
@@ -46,22 +50,30 @@ def forgets_the_optimizers(monkeypatch):
     monkeypatch.setattr(training, "read_memory", lambda *arguments: {})
 
 
-def skips_a_step(monkeypatch):
+def change_what_is_resumed(monkeypatch, change):
+    "Have `change(run, lines)` spoil a run after it has read its checkpoint."
     begin = train.Run.begin
-    def skipping(self):
+
+    def changed(self):
         lines = begin(self)
-        self.at["step"] += bool(lines)
+        change(self, lines)
         return lines
-    monkeypatch.setattr(train.Run, "begin", skipping)
+
+    monkeypatch.setattr(train.Run, "begin", changed)
+
+
+def skips_a_step(monkeypatch):
+    def skip(run, lines):
+        run.at["step"] += bool(lines)
+
+    change_what_is_resumed(monkeypatch, skip)
 
 
 def forgets_half_a_line(monkeypatch):
-    begin = train.Run.begin
-    def forgetting(self):
-        lines = begin(self)
-        self.at.update(nats=0, targets=0)
-        return lines
-    monkeypatch.setattr(train.Run, "begin", forgetting)
+    def forget(run, lines):
+        run.at.update(nats=0, targets=0)
+
+    change_what_is_resumed(monkeypatch, forget)
 
 
 def writes_in_place_unchecked(monkeypatch):
@@ -71,28 +83,46 @@ def writes_in_place_unchecked(monkeypatch):
             if step == 6 and i == 2 and not (place / "state.json").exists():
                 raise Killed
             training.write_atomically(place / name, data)
+
+    def newest(folder):
+        return max(Path(folder).glob("step-*"), default=None)
+
     monkeypatch.setattr(train, "write_checkpoint", write)
-    newest = lambda folder: max(Path(folder).glob("step-*"), default=None)  # noqa: E731
     monkeypatch.setattr(train, "newest_checkpoint", newest)
 
 
-@pytest.mark.parametrize("sabotage", [
-    None, forgets_the_optimizers, skips_a_step, forgets_half_a_line, writes_in_place_unchecked
-])
+def die_once(monkeypatch):
+    "Before the fourth step; a run that comes after takes it."
+    take = train.Run.step
+
+    def dies(self, step, progress):
+        if step == 4:
+            monkeypatch.setattr(train.Run, "step", take)
+            raise Killed
+        return take(self, step, progress)
+
+    monkeypatch.setattr(train.Run, "step", dies)
+
+
+SABOTAGES = [
+    None,
+    forgets_the_optimizers,
+    skips_a_step,
+    forgets_half_a_line,
+    writes_in_place_unchecked,
+]
+
+
+@pytest.mark.parametrize("sabotage", SABOTAGES)
 def test_a_broken_resume_is_noticed(sabotage, run, tmp_path, monkeypatch):
     "Without sabotage the same check is content."
     well(run("whole", *STEPS))
     if sabotage:
         sabotage(monkeypatch)
-    take = train.Run.step
-    def dies_once(self, step, progress):
-        if step == 4:
-            monkeypatch.setattr(train.Run, "step", take)
-            raise Killed
-        return take(self, step, progress)
-    if sabotage is not writes_in_place_unchecked:
-        monkeypatch.setattr(train.Run, "step", dies_once)
+    if sabotage is not writes_in_place_unchecked:   # that one dies by itself
+        die_once(monkeypatch)
     assert not attempt(run, "out")
     done = run("out", *STEPS, "--resume")
-    same = done.returncode == 0 and result(tmp_path / "out") == result(tmp_path / "whole")
+    whole = result(tmp_path / "whole")
+    same = done.returncode == 0 and result(tmp_path / "out") == whole
     assert same == (sabotage is None)

@@ -7,87 +7,46 @@ import json
 import os
 import shutil
 import signal
+from contextlib import suppress
+from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
+from small_runs import (
+    OLD,
+    RESULTS,
+    TINY,
+    Killed,
+    before_each_step,
+    everything,
+    interrupt_at,
+    kill_after,
+    losses,
+    metrics,
+    one_line,
+    result,
+    well,
+)
 
 from minikl import data, files, parallel, train, training
 from minikl.model import MiniKL
 
-OLD = ROOT / "tests" / "old_runs"
-RESULTS = (
-    "model.safetensors",
-    "config.json",
-    "vocab_dict.json",
-    "metrics.jsonl",
-    "samples.jsonl",
-    "loss.png",
-    "run.json",
-)
-SHAPE = "--d_model=8 --num_heads=2 --num_kv_heads=1 --num_layers=1 --max_seq_len=64".split()
-TINY = [*SHAPE, "--batch_size=4", "--log_every=1", "--threads=1"]
+pytestmark = pytest.mark.usefixtures("home")
 
 
-@pytest.fixture(autouse=True)
-def home(tmp_path, monkeypatch):
-    "Caches of these tests go to a folder of their own; Ctrl-C is not ignored."
-    monkeypatch.setattr(train, "DATA", tmp_path / "data")
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
+def die_at_once(monkeypatch):
+    "No run takes a single step."
+    def dies(step):
+        raise Killed
+
+    before_each_step(monkeypatch, dies)
 
 
-@pytest.fixture
-def run(script, tmp_path):
-    "run('name', *options) trains into tmp_path/name → CompletedProcess."
-    def call(name, *options):
-        out = tmp_path / name
-        given = [f"--data_jsonl_path={OLD}/data.jsonl", f"--vocab_dict_path={OLD}/vocab.json"]
-        return script(train.main, *TINY, "--max_steps=8", *given, f"--out_dir={out}", *options)
-    return call
+def no_space(*arguments):
+    raise OSError(errno.ENOSPC, "No space left on device")
 
 
-def well(done):
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
-def one_line(done, said, code=2):
-    "It ended with this exit code and one line that says this."
-    assert done.returncode == code, done.stdout + done.stderr
-    assert said in done.stderr and done.stderr.count("\n") == 1, done.stderr
-
-
-def everything(out):
-    "{path: bytes} of all that does not belong to a run under way."
-    paths = [path for path in out.rglob("*") if path.is_file() and path.name[0] != "."]
-    names = {path.relative_to(out): path for path in paths}
-    return {str(n): p.read_bytes() for n, p in names.items() if n.parts[0] != "running"}
-
-
-def metrics(out):
-    "The lines of metrics.jsonl without what the clock has measured."
-    lines = [json.loads(line) for line in open(out / "metrics.jsonl", encoding="utf-8")]
-    clock = ("seconds", "tokens_per_s")
-    return [{k: v for k, v in line.items() if k not in clock} for line in lines]
-
-
-def result(out):
-    return metrics(out), *((out / name).read_bytes() for name in RESULTS[:3])
-
-
-def interrupt_at(monkeypatch, step, number):
-    "Send a signal to this process when a run takes this step."
-    take = train.Run.step
-    def stepping(self, i, progress):
-        if i == step:
-            signal.raise_signal(number)
-        return take(self, i, progress)
-    monkeypatch.setattr(train.Run, "step", stepping)
-
-
-# Nothing of a finished run is lost
+# ---- nothing of a finished run is lost
 
 BAD_ENDS = {
     "diverges": (["--seed=1", "--lr=1e30"], 2),
@@ -99,7 +58,9 @@ BAD_ENDS = {
 
 
 @pytest.mark.parametrize("end", BAD_ENDS)
-def test_a_new_run_that_ends_badly_leaves_a_finished_one_alone(end, run, tmp_path, monkeypatch):
+def test_a_new_run_that_ends_badly_leaves_a_finished_one_alone(
+    end, run, tmp_path, monkeypatch
+):
     well(run("out"))
     before = everything(tmp_path / "out")
     assert before.keys() >= {*RESULTS, "checkpoints/step-00000008/SHA256SUMS"}
@@ -108,15 +69,15 @@ def test_a_new_run_that_ends_badly_leaves_a_finished_one_alone(end, run, tmp_pat
         number = signal.SIGINT if end == "ctrl-c" else signal.SIGTERM
         interrupt_at(monkeypatch, 3, number)
     if end == "full disk":
-        def full(*arguments):
-            raise OSError(errno.ENOSPC, "No space left on device")
-        monkeypatch.setattr(files.os, "fsync", full)
+        monkeypatch.setattr(files.os, "fsync", no_space)
     done = run("out", *options, "--save_every=2")
     assert done.returncode == code, done.stderr
     assert everything(tmp_path / "out") == before
 
 
-def test_the_unfinished_run_goes_on_and_replaces_the_finished_one(run, tmp_path, monkeypatch):
+def test_the_unfinished_run_goes_on_and_replaces_the_finished_one(
+    run, tmp_path, monkeypatch
+):
     well(run("out"))
     with monkeypatch.context() as patched:
         interrupt_at(patched, 5, signal.SIGINT)
@@ -157,62 +118,57 @@ def test_files_of_others_that_come_later_survive_every_run(run, tmp_path):
     "A hidden file, a file that came during a run, and copies with names like ours."
     out = tmp_path / "out"
     well(run("out"))
-    kept = [out / "checkpoints" / name for name in (".DS_Store", "step-by-step", "step-8-good")]
-    for path in kept[:1]:
-        path.write_text("mine")
+    hidden = out / "checkpoints" / ".DS_Store"
+    hidden.write_text("mine")
     well(run("out", "--seed=1"))
-    for path in kept[1:]:
+    later = [out / "checkpoints" / name for name in ("step-by-step", "step-8-good")]
+    for path in later:
         path.mkdir()
     one_line(run("out", "--seed=2"), "is not of a training run")
-    for path in kept[1:]:
+    for path in later:
         path.rmdir()
     well(run("out", "--seed=2"))
-    assert (out / "checkpoints" / ".DS_Store").read_text() == "mine"
+    assert hidden.read_text() == "mine"
     assert not (out / "running").exists()
 
 
-class Killed(BaseException):
-    "From here on nothing happens any more."
+def finish_or_die(call, monkeypatch, n):   # whether it got to its end
+    "Kill a run after `n` operations of its end."
+    finish = train.RunFolder.finish
+    with monkeypatch.context() as patched:
+        def killed(self, results):
+            kill_after(patched, n)
+            finish(self, results)
+
+        patched.setattr(train.RunFolder, "finish", killed)
+        with suppress(Killed):
+            return call().returncode == 0
+    return False
 
 
-def kill_after(monkeypatch, n):
-    "Let `n` operations that change names happen, and none after them."
-    done = []
-    def mortal(operation):
-        def call(*arguments, **options):
-            if len(done) >= n:
-                raise Killed
-            done.append(operation.__name__)
-            return operation(*arguments, **options)
-        return call
-    for name in ("rename", "replace", "unlink", "rmdir"):
-        monkeypatch.setattr(os, name, mortal(getattr(os, name)))
-    return done
-
-
-def test_a_kill_at_any_moment_of_the_end_is_mended_by_resume(run, tmp_path, monkeypatch):
+def test_a_kill_at_any_moment_of_the_end_is_mended_by_resume(
+    run, tmp_path, monkeypatch
+):
     "A model of another shape replaces the finished one; killed before every operation."
-    monkeypatch.setattr(train, "plot_run", lambda lines, compare, path: open(path, "wb").close())
+    def plot_nothing(lines, compare, path):
+        Path(path).write_bytes(b"")
+
+    monkeypatch.setattr(train, "plot_run", plot_nothing)
     wider = ["--num_kv_heads=2", "--seed=1"]
     well(run("new", *wider))
     well(run("old"))
-    finish, n, alive = train.RunFolder.finish, 0, False
+    n = 0
+    alive = False
     while not alive:
         out = tmp_path / f"out-{n}"
         shutil.copytree(tmp_path / "old", out)
-        with monkeypatch.context() as patched:
-            def killed(self, results, patched=patched, n=n):
-                kill_after(patched, n)
-                finish(self, results)
-            patched.setattr(train.RunFolder, "finish", killed)
-            try:
-                alive = run(out.name, *wider).returncode == 0
-            except Killed:
-                pass
+        name = out.name
+        alive = finish_or_die(lambda name=name: run(name, *wider), monkeypatch, n)
         if not alive:
-            well(run(out.name, *wider, "--resume"))
+            well(run(name, *wider, "--resume"))
         assert result(out) == result(tmp_path / "new")
-        assert [path.name for path in (out / "checkpoints").glob("step-*")] == ["step-00000008"]
+        checkpoints = [path.name for path in (out / "checkpoints").glob("step-*")]
+        assert checkpoints == ["step-00000008"]
         assert MiniKL.load(out).config.num_kv_heads == 2
         n += 1
     assert n > 12
@@ -228,20 +184,22 @@ def test_two_runs_in_one_folder(run, tmp_path):
     assert "nothing to do" in well(run("out", "--resume"))
 
 
-# Resuming
+# ---- resuming
+
 
 @pytest.mark.parametrize("kind", ["muon", "adamw"])
 def test_a_checkpoint_of_an_older_version_goes_on(kind, run, tmp_path):
-    "Written by the version before this one, in the middle of a run that was not finished."
+    "Written by the version before this one, in the middle of an unfinished run."
     out = tmp_path / kind
-    shutil.copytree(OLD / kind / "step-00000004", out / "checkpoints" / "step-00000004")
+    checkpoint = "step-00000004"
+    shutil.copytree(OLD / kind / checkpoint, out / "checkpoints" / checkpoint)
     for name in ("metrics", "samples"):
         (out / f"{name}.jsonl.running").touch()
-    said = well(run(kind, "--max_steps=12", f"--optimizer={kind}", "--save_every=4", "--resume"))
-    assert "continuing from" in said
-    found = [line["loss"] for line in metrics(out) if "loss" in line]
+    options = ["--max_steps=12", f"--optimizer={kind}", "--save_every=4"]
+    assert "continuing from" in well(run(kind, *options, "--resume"))
     assert not list(out.glob("*running"))
-    assert found == pytest.approx(json.loads((OLD / kind / "losses.json").read_text()), rel=1e-3)
+    expected = json.loads((OLD / kind / "losses.json").read_text())
+    assert losses(out) == pytest.approx(expected, rel=1e-3)
 
 
 @pytest.mark.parametrize("options", [[], ["--optimizer=adamw"], ["--dtype=bf16"]])
@@ -264,26 +222,33 @@ def test_a_finished_run_is_extended(run, tmp_path):
     lines = [line for line in metrics(tmp_path / "out") if "loss" in line]
     assert [line["step"] for line in lines] == [*range(1, 13)]
     assert lines[8]["lr"] > lines[7]["lr"]
-    one_line(run("out", "--resume", "--max_steps=20", "--seed=1"), "is of another run: seed=1")
+    done = run("out", "--resume", "--max_steps=20", "--seed=1")
+    one_line(done, "is of another run: seed=1")
 
 
 def test_an_extension_that_is_killed_at_once_still_extends(run, tmp_path, monkeypatch):
     well(run("out"))
     with monkeypatch.context() as patched:
-        def dies(self, *arguments):
-            raise Killed
-        patched.setattr(train.Run, "step", dies)
+        die_at_once(patched)
         with pytest.raises(Killed):
             run("out", "--resume", "--max_steps=12")
     assert "continuing from" in well(run("out", "--resume", "--max_steps=12"))
     assert metrics(tmp_path / "out")[-1]["step"] == 12
 
 
-@pytest.mark.parametrize("state", ["{}", "[]", "null", '{"settings": {"options": 1}}', "x", "[" * 10**5])
-def test_a_checkpoint_that_somebody_else_has_signed(state, run, tmp_path, monkeypatch):
+def interrupted_checkpoint(run, tmp_path, monkeypatch):   # Path
+    "What a run leaves in tmp_path/out when it is stopped after four steps."
     interrupt_at(monkeypatch, 4, signal.SIGTERM)
     run("out")
-    checkpoint = next((tmp_path / "out" / "running" / "checkpoints").glob("step-*"))
+    return next((tmp_path / "out" / "running" / "checkpoints").glob("step-*"))
+
+
+STATES = ["{}", "[]", "null", '{"settings": {"options": 1}}', "x", "[" * 10**5]
+
+
+@pytest.mark.parametrize("state", STATES)
+def test_a_checkpoint_that_somebody_else_has_signed(state, run, tmp_path, monkeypatch):
+    checkpoint = interrupted_checkpoint(run, tmp_path, monkeypatch)
     (checkpoint / "state.json").write_text(state)
     (checkpoint / "SHA256SUMS").write_text(training.checksums(checkpoint))
     one_line(run("out", "--resume"), f"{checkpoint}/state.json: not ")
@@ -291,31 +256,30 @@ def test_a_checkpoint_that_somebody_else_has_signed(state, run, tmp_path, monkey
 
 @pytest.mark.parametrize("name", ["model", "optimizers"])
 def test_a_checkpoint_with_other_tensors(name, run, tmp_path, monkeypatch):
-    interrupt_at(monkeypatch, 4, signal.SIGTERM)
-    run("out")
-    checkpoint = next((tmp_path / "out" / "running" / "checkpoints").glob("step-*"))
-    training.write_weights({"0.0.mean": torch.zeros(3)}, checkpoint / f"{name}.safetensors")
+    checkpoint = interrupted_checkpoint(run, tmp_path, monkeypatch)
+    weights = {"0.0.mean": torch.zeros(3)}
+    training.write_weights(weights, checkpoint / f"{name}.safetensors")
     (checkpoint / "SHA256SUMS").write_text(training.checksums(checkpoint))
     one_line(run("out", "--resume"), f"{checkpoint}/{name}.safetensors: ")
 
 
 def not_a_number_in(monkeypatch, step):
     "A run whose gradient is not finite in one step."
-    take = train.Run.step
-    def failing(self, i, progress):
-        if i == step:
+    def failing(number):
+        if number == step:
             raise FloatingPointError("the gradient has norm nan")
-        return take(self, i, progress)
-    monkeypatch.setattr(train.Run, "step", failing)
+
+    before_each_step(monkeypatch, failing)
 
 
 def test_what_diverges_twice_is_put_aside_twice(run, tmp_path, monkeypatch):
     well(run("whole"))
     with monkeypatch.context() as patched:
         not_a_number_in(patched, 5)
-        last = f"{tmp_path}/out/running/checkpoints/step-0000000"
-        one_line(run("out", "--save_every=1"), f"last good checkpoint: {last}4")
-        one_line(run("out", "--save_every=1", "--resume"), f"last good checkpoint: {last}4")
+        last = f"{tmp_path}/out/running/checkpoints/step-00000004"
+        for more in ([], ["--resume"]):
+            done = run("out", "--save_every=1", *more)
+            one_line(done, f"last good checkpoint: {last}")
     well(run("out", "--save_every=1", "--resume"))
     assert result(tmp_path / "out") == result(tmp_path / "whole")
 
@@ -335,15 +299,13 @@ def test_an_extension_that_diverges_at_once_still_extends(run, tmp_path, monkeyp
 def test_a_run_that_was_never_saved_hides_no_finished_one(run, tmp_path, monkeypatch):
     well(run("out"))
     with monkeypatch.context() as patched:
-        def dies(self, *arguments):
-            raise Killed
-        patched.setattr(train.Run, "step", dies)
+        die_at_once(patched)
         for seed in (0, 1):
             with pytest.raises(Killed):
                 run("out", f"--seed={seed}")
     assert "continuing from" in well(run("out", "--resume", "--max_steps=12"))
     with monkeypatch.context() as patched:
-        patched.setattr(train.Run, "step", dies)
+        die_at_once(patched)
         with pytest.raises(Killed):
             run("out", "--seed=1")
     assert "beginning at step 0" in well(run("out", "--seed=1", "--resume"))
@@ -363,11 +325,13 @@ def test_another_precision_is_announced(run, tmp_path, monkeypatch):
     with monkeypatch.context() as patched:
         interrupt_at(patched, 4, signal.SIGTERM)
         run("out")
-    monkeypatch.setattr(training.Precision, "best", staticmethod(lambda device: "bf16"))
+    bf16 = staticmethod(lambda device: "bf16")
+    monkeypatch.setattr(training.Precision, "best", bf16)
     assert "dtype=bf16, there fp32" in well(run("out", "--resume"))
 
 
-# Text that is not text
+# ---- text that is not text
+
 
 @pytest.fixture
 def half(tmp_path):
@@ -384,8 +348,10 @@ def half(tmp_path):
 @pytest.mark.parametrize("own_vocabulary", [True, False])
 def test_half_an_emoji_ends_no_run(own_vocabulary, half, script, monkeypatch):
     out = half / "out"
-    options = [*TINY, "--max_steps=6", "--held_out=0.9", "--eval_every=2", f"--out_dir={out}"]
-    options += [f"--data_jsonl_path={half}/half.jsonl", "--vocab_size=300"]
+    options = [
+        *TINY, "--max_steps=6", "--held_out=0.9", "--eval_every=2",
+        f"--data_jsonl_path={half}/half.jsonl", "--vocab_size=300", f"--out_dir={out}",
+    ]
     if own_vocabulary:
         options.append(f"--vocab_dict_path={half}/half.json")
     with monkeypatch.context() as patched:
@@ -393,23 +359,28 @@ def test_half_an_emoji_ends_no_run(own_vocabulary, half, script, monkeypatch):
         assert script(train.main, *options).returncode == 143
     well(script(train.main, *options, "--resume"))
     for name in ("metrics.jsonl", "samples.jsonl"):
-        for line in open(out / name, encoding="utf-8"):
-            json.loads(line)
+        with open(out / name, encoding="utf-8") as file:
+            for line in file:
+                json.loads(line)
     vocab = json.loads((out / "vocab_dict.json").read_text(encoding="utf-8"))
     assert ("\ud83d" in vocab) == own_vocabulary
 
 
 def test_names_and_prompts_that_are_not_utf8(run, tmp_path):
     name = os.fsdecode(b"out-\xff")
-    well(run(name, f"--sample_prompts={os.fsdecode(b'A' + bytes([0xff]))}"))
-    assert "\\udcff" in (tmp_path / name / "run.json").read_text(encoding="utf-8")
-    assert json.loads((tmp_path / name / "run.json").read_text(encoding="utf-8"))
+    prompt = os.fsdecode(b"A\xff")
+    well(run(name, f"--sample_prompts={prompt}"))
+    facts = (tmp_path / name / "run.json").read_text(encoding="utf-8")
+    assert "\\udcff" in facts
+    assert json.loads(facts)
 
 
-# Mistakes and bugs
+# ---- mistakes and bugs
 
+TWICE = f"--data_jsonl_path={OLD}/data.jsonl {OLD}/data.jsonl"
 ABSURD = {
-    "--batch_size=1000000000000": "batch_size=1000000000000: expected at least 1, and below",
+    "--batch_size=1000000000000":
+        "batch_size=1000000000000: expected at least 1, and below",
     "--threads=100000": "threads=100000: expected at least 0, and below 1024",
     "--epochs=1.7e308": "epochs=1.7e+308: expected at least 0, and below",
     "--seed=9223372036854775808": "seed=9223372036854775808: expected",
@@ -422,12 +393,14 @@ ABSURD = {
     "--device=gpu": "device='gpu'",
     "--device=cuda": "device='cuda'",
     "--minutes=inf": "minutes=inf",
-    f"--data_jsonl_path={OLD}/data.jsonl {OLD}/data.jsonl": "without quotes it is 2 files",
+    TWICE: "without quotes it is 2 files",
 }
 
 
 @pytest.mark.parametrize("option", ABSURD)
-def test_absurd_options_are_refused_before_anything_is_allocated(option, run, tmp_path):
+def test_absurd_options_are_refused_before_anything_is_allocated(
+    option, run, tmp_path
+):
     if option == "--device=cuda" and torch.cuda.is_available():
         pytest.skip("this machine has it")
     one_line(run("out", option), ABSURD[option])
@@ -442,6 +415,7 @@ def test_any_seed_trains(seed, run):
 def test_a_bug_keeps_its_traceback(run, monkeypatch):
     def broken(*arguments):
         raise ValueError("a bug")
+
     monkeypatch.setattr(train, "find_data", broken)
     with pytest.raises(ValueError, match="a bug"):
         run("out")
@@ -451,19 +425,23 @@ def test_a_full_disk_is_not_no_network(script, tmp_path, monkeypatch):
     "The toy corpus takes over where the corpus cannot be fetched, and only there."
     def full():
         raise OSError(errno.ENOSPC, "No space left on device", "poetry.jsonl")
-    monkeypatch.setitem(train.CORPORA, "poetry", full)
-    options = [*TINY, "--max_steps=2", "--vocab_size=300", f"--out_dir={tmp_path}/out"]
-    one_line(script(train.main, *options), "poetry.jsonl: No space left on device")
+
     def unreachable():
         raise data.CannotFetch("no route to host")
+
+    options = [*TINY, "--max_steps=2", "--vocab_size=300", f"--out_dir={tmp_path}/out"]
+    monkeypatch.setitem(train.CORPORA, "poetry", full)
+    one_line(script(train.main, *options), "poetry.jsonl: No space left on device")
     monkeypatch.setitem(train.CORPORA, "poetry", unreachable)
-    assert "no route to host. Training on the toy corpus" in well(script(train.main, *options))
+    said = well(script(train.main, *options))
+    assert "no route to host. Training on the toy corpus" in said
 
 
 def test_a_signal_before_the_first_step(run, monkeypatch):
     for number, code in ((signal.SIGTERM, 143), (signal.SIGINT, 130)):
         def during(*arguments, number=number):
             signal.raise_signal(number)
+
         monkeypatch.setattr(train, "prepare", during)
         one_line(run("out"), "finished runs are as they were", code)
 
@@ -473,45 +451,63 @@ def test_documents_with_nothing_to_predict(script, tmp_path):
     lines = [f'{{"text": "{char}"}}\n' for char in "ab" * 20]
     (tmp_path / "ab.jsonl").write_text("".join(lines))
     (tmp_path / "ab.json").write_text('{"a": 0, "b": 1}')
-    given = [f"--data_jsonl_path={tmp_path}/ab.jsonl", f"--vocab_dict_path={tmp_path}/ab.json"]
-    done = script(train.main, *TINY, "--held_out=0.6", *given, f"--out_dir={tmp_path}/out")
-    one_line(done, "nothing to predict")
+    options = [
+        *TINY, "--held_out=0.6", f"--data_jsonl_path={tmp_path}/ab.jsonl",
+        f"--vocab_dict_path={tmp_path}/ab.json", f"--out_dir={tmp_path}/out",
+    ]
+    one_line(script(train.main, *options), "nothing to predict")
 
 
-def test_results_of_a_full_disk_name_the_file_and_come_with_resume(run, tmp_path, monkeypatch):
+def test_results_of_a_full_disk_name_the_file_and_come_with_resume(
+    run, tmp_path, monkeypatch
+):
     well(run("whole"))
     with monkeypatch.context() as patched:
-        def full(weights, path, metadata=None):
-            raise OSError(errno.ENOSPC, "No space left on device")
-        patched.setattr(train.MiniKL, "files", lambda self, weights: {
-            "model.safetensors": lambda path: full(weights, path)})
-        one_line(run("out"), f"{tmp_path}/out/model.safetensors: No space left on device")
+        def files_that_do_not_fit(self, weights):
+            return {"model.safetensors": no_space}
+
+        patched.setattr(train.MiniKL, "files", files_that_do_not_fit)
+        path = tmp_path / "out" / "model.safetensors"
+        one_line(run("out"), f"{path}: No space left on device")
     well(run("out", "--resume"))
     assert result(tmp_path / "out") == result(tmp_path / "whole")
 
 
-# Several processes, as far as one can tell in one
+# ---- several processes, as far as one can tell in one
+
 
 def test_an_error_that_cannot_travel_is_still_told(monkeypatch):
-    class Odd(Exception):
+    class TakesTwo(Exception):
         def __init__(self, one, two):
             super().__init__(one)
-    ranks = parallel.Ranks(threads=1)
+
     def fails():
-        raise Odd("one", "two")
-    with pytest.raises(Odd):
+        raise TakesTwo("one", "two")
+
+    ranks = parallel.Ranks(threads=1)
+    with pytest.raises(TakesTwo):
         ranks.once_per_host(fails)
     shown = []
-    monkeypatch.setattr(parallel.Ranks, "all", lambda self, thing: [shown.append(thing), thing][1:])
-    with pytest.raises(Odd):
+
+    def gather(self, thing):
+        shown.append(thing)
+        return [thing]
+
+    monkeypatch.setattr(parallel.Ranks, "all", gather)
+    with pytest.raises(TakesTwo):
         ranks.once_per_host(fails)
-    assert type(shown[0]) is RuntimeError and "Odd" in str(shown[0])
+    assert type(shown[0]) is RuntimeError and "TakesTwo" in str(shown[0])
 
 
 def test_only_one_process_of_a_host_hashes_the_tokens(run, tmp_path, monkeypatch):
     hashed = []
-    real = data.file_sha256
-    monkeypatch.setattr(data, "file_sha256", lambda path: hashed.append(path.name) or real(path))
+    true_hash = data.file_sha256
+
+    def counted(path):
+        hashed.append(path.name)
+        return true_hash(path)
+
+    monkeypatch.setattr(data, "file_sha256", counted)
     well(run("out", "--max_steps=1"))
     well(run("out-2", "--max_steps=1"))
     assert hashed.count("tokens") == 2 + 1   # built and checked, then checked once

@@ -1,4 +1,7 @@
-"Programs of this project as processes, for the lessons that start some."
+"""Programs of this project as processes, for the lessons that start some.
+
+    said = finished(python("minikl/train.py", "--max_steps=3", n_ranks=2))
+"""
 import os
 import subprocess
 import sys
@@ -8,11 +11,20 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def python(*arguments, n_ranks=0, **environment):   # Popen
-    "Start Python on `arguments` from the project's folder, under torchrun where `n_ranks` is given."
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={n_ranks}"] if n_ranks else []
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "TQDM_DISABLE": "1", **environment}
-    return subprocess.Popen([sys.executable, *launcher, *map(str, arguments)], cwd=ROOT, env=environment, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    "Start Python in the project's folder, under torchrun where `n_ranks` is given."
+    launcher = []
+    if n_ranks:
+        launcher = ["-m", "torch.distributed.run", "--standalone"]
+        launcher.append(f"--nproc-per-node={n_ranks}")
+    own = {"PYTHONPATH": str(ROOT), "TQDM_DISABLE": "1"}
+    return subprocess.Popen(
+        [sys.executable, *launcher, *map(str, arguments)],
+        cwd=ROOT,
+        env={**os.environ, **own, **environment},
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
 
 
 def finished(process):   # what it said

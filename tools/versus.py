@@ -1,12 +1,15 @@
 """MiniKL beside the library that people would use instead, in one process and in turns.
 
-    python tools/versus.py tokenizer [--quick]              training and encoding against tokenizers, rustbpe and tiktoken
-    python tools/versus.py llama [--quick] [--compile]      training and generation against transformers' LlamaForCausalLM
+    python tools/versus.py tokenizer [--quick]
+        training and encoding, against tokenizers, rustbpe and tiktoken
+    python tools/versus.py llama [--quick] [--compile]
+        training and generation, against transformers' LlamaForCausalLM
 """
 import argparse
 import os
 import time
 from copy import deepcopy
+from functools import partial
 from importlib.util import find_spec
 from statistics import median
 
@@ -18,7 +21,8 @@ def race(
     repeats,  # timed turns of each arm, after one that is not timed
 ):            # {name: list of seconds, one per turn}
     "All arms in turns, so that a busy moment of the machine meets all of them."
-    for arm in arms.values(): arm()
+    for arm in arms.values():
+        arm()
     seconds = {name: [] for name in arms}
     for _ in range(repeats):
         for name, arm in arms.items():
@@ -28,9 +32,22 @@ def race(
     return seconds
 
 
-def ratio(seconds, slow, fast):
+class Kept:
+    "A function that keeps what it returned last: an arm of `race` trains something."
+    def __init__(self, function):
+        self.function = function
+        self.result = None
+
+    def __call__(self):
+        self.result = self.function()
+
+
+def ratio(
+    slow,  # list of seconds, one per turn
+    fast,  # the same of another arm
+):         # float
     "How many times as fast one arm is as another: the median over turns."
-    return median(a / b for a, b in zip(seconds[slow], seconds[fast]))
+    return median(a / b for a, b in zip(slow, fast, strict=True))
 
 
 def report(
@@ -40,13 +57,23 @@ def report(
     amount,     # how much of `unit` an arm did in one turn
     unit="tokens",
 ):
-    "Print one line per arm. A ratio is the baseline's time divided by the arm's own, median over turns."
+    """Print one line per arm.
+
+    A ratio is the baseline's time divided by the arm's own, median over turns.
+    """
     width = 2 + max(map(len, baselines))
     columns = "".join(f"{column:>{width}}" for column in baselines)
-    print(f"\n{title}\n{'':54}times as fast as\n{'':30}{'ms':>8}{unit + '/s':>12}{columns}")
+    print(f"\n{title}")
+    print(f"{'':54}times as fast as")
+    print(f"{'':30}{'ms':>8}{unit + '/s':>12}{columns}")
     for name, turns in seconds.items():
-        ratios = "".join(f"{ratio(seconds, baseline, name):>{width}.2f}" for baseline in baselines.values())
-        print(f"{name:30}{1000 * median(turns):>8,.0f}{amount / median(turns):>12,.0f}{ratios}")
+        ratios = [ratio(seconds[baseline], turns) for baseline in baselines.values()]
+        columns = "".join(f"{number:>{width}.2f}" for number in ratios)
+        ms = 1000 * median(turns)
+        print(f"{name:30}{ms:>8,.0f}{amount / median(turns):>12,.0f}{columns}")
+
+
+# ---- llama
 
 
 def llama_pair(config):
@@ -55,164 +82,373 @@ def llama_pair(config):
 
     from minikl.llama import llama_config, llama_weights
     from minikl.model import MiniKL
-    ours, theirs = MiniKL(config), {}
+    ours = MiniKL(config)
+    theirs = {}
     for attention in ("eager", "sdpa"):
-        model = theirs[f"transformers, {attention}"] = LlamaForCausalLM(LlamaConfig(**llama_config(config), attn_implementation=attention))
+        settings = LlamaConfig(**llama_config(config), attn_implementation=attention)
+        model = LlamaForCausalLM(settings)
         model.load_state_dict(llama_weights(ours))
+        theirs[f"transformers, {attention}"] = model
     return ours, theirs
 
 
-def training_arms(ours, theirs, docs, compiled=False):
-    "Forward, loss, backward, AdamW: {name: step}, each checked to have the loss and the gradient of the others."
+def training_step(loss, weights):   # function without arguments
+    "Loss, backward, AdamW."
+    optimizer = torch.optim.AdamW(weights, lr=1e-9, fused=True)
+
+    def step():
+        optimizer.zero_grad()
+        loss().backward()
+        optimizer.step()
+
+    optimizer.zero_grad()
+    return step
+
+
+def loss_and_gradient_norm(loss, weights):   # (float, float)
+    value = loss()
+    value.backward()
+    norms = torch.stack([weight.grad.norm() for weight in weights])
+    return value.item(), norms.norm().item()
+
+
+def training_arms(
+    ours,    # MiniKL
+    theirs,  # {name: LlamaForCausalLM}
+    docs,    # list of 1-D id tensors
+    compiled=False,
+):           # {name: step}
+    """Forward, loss, backward, AdamW.
+
+    Each is checked to have the loss and the gradient of the others.
+    """
     from torch.nn.utils.rnn import pad_sequence
 
     from minikl.bench import check_equal
     from minikl.nested import Nested
     from minikl.train import compile_blocks
     n_targets = sum(len(doc) - 1 for doc in docs)
-    ids, labels = (pad_sequence(docs, batch_first=True, padding_value=fill) for fill in (0, -100))
+    ids = pad_sequence(docs, batch_first=True, padding_value=0)
+    labels = pad_sequence(docs, batch_first=True, padding_value=-100)
+
+    def our_loss(model, batch):
+        return model.loss(batch)[0] / n_targets
+
+    def their_loss(model):
+        return model(input_ids=ids, labels=labels, use_cache=False).loss
+
     models = {"MiniKL, nested": ours, **theirs}
-    losses = {name: lambda model=model: model(input_ids=ids, labels=labels, use_cache=False).loss for name, model in theirs.items()}
-    batch = Nested(docs)
-    losses = {"MiniKL, nested": lambda: ours.loss(batch)[0] / n_targets, **losses}
+    losses = {"MiniKL, nested": partial(our_loss, ours, Nested(docs))}
+    losses |= {name: partial(their_loss, model) for name, model in theirs.items()}
     if compiled:
-        models.update({f"{name}, compiled": model for name, model in models.items()})
-        fast_ours, fast_theirs = deepcopy(ours), torch.compile(theirs["transformers, sdpa"])
+        models |= {f"{name}, compiled": model for name, model in models.items()}
+        fast_ours = deepcopy(ours)
+        fast_theirs = torch.compile(theirs["transformers, sdpa"])
         fast_batch = compile_blocks(fast_ours, Nested)(docs)   # as the trainer does it
         models["MiniKL, nested, compiled"] = fast_ours
-        losses["MiniKL, nested, compiled"] = lambda: fast_ours.loss(fast_batch)[0] / n_targets
-        losses["transformers, sdpa, compiled"] = lambda: fast_theirs(input_ids=ids, labels=labels, use_cache=False).loss
-    arms, found = {}, {}
+        losses["MiniKL, nested, compiled"] = partial(our_loss, fast_ours, fast_batch)
+        losses["transformers, sdpa, compiled"] = partial(their_loss, fast_theirs)
+    arms = {}
+    found = {}
     for name, loss in losses.items():
         weights = list(models[name].train().parameters())
-        value = loss()
-        value.backward()
-        found[name] = value.item(), torch.stack([weight.grad.norm() for weight in weights]).norm().item()
-        optimizer = torch.optim.AdamW(weights, lr=1e-9, fused=True)
-        def step(loss=loss, optimizer=optimizer):
-            optimizer.zero_grad()
-            loss().backward()
-            optimizer.step()
-        optimizer.zero_grad()
-        arms[name] = step
+        found[name] = loss_and_gradient_norm(loss, weights)
+        arms[name] = training_step(loss, weights)
     check_equal(found)
     return arms
 
 
-def matmul_arm(config, n_tokens):
-    "Nothing but the products of all linear layers, first to last and back, each on tensors of its own that are already there: (arm, FLOPs)."
+def matmul_arm(config, n_tokens):   # (arm, FLOPs)
+    """Nothing but the products of all linear layers, first to last and back.
+
+    Each works on tensors of its own that are already there.
+    """
     kv = config.num_kv_heads * config.d_head
-    inside = [(config.d_model, config.d_model)] * 2 + [(config.d_model, kv)] * 2 + [(config.d_model, config.d_ff)] * 2 + [(config.d_ff, config.d_model)]
-    shapes = inside * config.num_layers + [(config.d_model, config.vocab_size)]
-    tensors = [(torch.randn(n_tokens, rows), torch.randn(columns, rows), torch.randn(n_tokens, columns)) for rows, columns in shapes]
+    block = [
+        (config.d_model, config.d_model),
+        (config.d_model, config.d_model),
+        (config.d_model, kv),
+        (config.d_model, kv),
+        (config.d_model, config.d_ff),
+        (config.d_model, config.d_ff),
+        (config.d_ff, config.d_model),
+    ]
+    shapes = block * config.num_layers + [(config.d_model, config.vocab_size)]
+    tensors = []
+    for rows, columns in shapes:
+        x = torch.randn(n_tokens, rows)
+        weight = torch.randn(columns, rows)
+        gradient = torch.randn(n_tokens, columns)
+        tensors.append((x, weight, gradient))
+
     def arm():
-        for x, weight, _ in tensors: x @ weight.T
-        for x, weight, gradient in reversed(tensors): gradient @ weight, gradient.T @ x
+        for x, weight, _ in tensors:
+            torch.matmul(x, weight.T)
+        for x, weight, gradient in reversed(tensors):
+            torch.matmul(gradient, weight)
+            torch.matmul(gradient.T, x)
+
     return arm, sum(6 * n_tokens * rows * columns for rows, columns in shapes)
 
 
-def llama(options):
-    "Training steps on full-length and on ragged documents, matrix products alone, cached greedy generation."
+def full_length_race(ours, theirs, baselines, options):   # {name: ms}
+    "Training steps on documents of one length, beside matrix products alone."
+    from minikl.bench import random_docs
+    config = ours.config
+    n_docs = 8
+    length = 64 if options.quick else 256
+    n_tokens = n_docs * length
+    docs = random_docs([length] * n_docs, config.vocab_size)
+    arms = training_arms(ours, theirs, docs, options.compile)
+    products, flops = matmul_arm(config, n_tokens)
+    arms["matrix products alone"] = products
+    seconds = race(arms, options.repeats)
+    found = {name: 1000 * median(turns) for name, turns in seconds.items()}
+    alone = seconds.pop("matrix products alone")
+    title = f"Training step, {n_docs} documents of {length} tokens"
+    report(title, seconds, baselines, n_tokens)
+
+    shares = {name: ratio(alone, turns) for name, turns in seconds.items()}
+    shown = ", ".join(f"{name} {share:.0%}" for name, share in shares.items())
+    print(
+        "matrix products of the linear layers alone: "
+        f"{1000 * median(alone):,.0f} ms, {flops / median(alone) / 1e9:,.0f} GFLOP/s; "
+        f"share of a step: {shown}"
+    )
+    # attention has two products, forward and twice that backward, the causal half of
+    # each
+    attention = 6 * config.num_layers * n_docs * length**2 * config.d_model
+    more = attention / flops
+    shown = ", ".join(
+        f"{name} {(1 + more) * share:.0%}" for name, share in shares.items()
+    )
+    print(
+        f"with attention's own products, {more:.1%} more FLOPs, at that rate: {shown}"
+    )
+    return found
+
+
+def ragged_race(ours, theirs, baselines, options):
+    "Training steps on documents of all lengths."
+    from minikl.bench import random_docs, zipf_lengths
+    lengths = zipf_lengths(32, 64 if options.quick else 256)
+    docs = random_docs(lengths, ours.config.vocab_size)
+    seconds = race(training_arms(ours, theirs, docs), options.repeats)
+    longest = max(lengths)
+    padded = len(docs) * longest / sum(lengths)
+    title = (
+        f"Training step, {len(docs)} documents of 1 … {longest} tokens, "
+        f"{padded:.1f} padded for each real one"
+    )
+    report(title, seconds, baselines, sum(lengths))
+
+
+def generation_race(ours, theirs, baselines, options):   # {name: list of seconds}
+    "Greedy generation with a cache; both have to write the same."
+    from minikl.bench import random_docs
+    from minikl.generate import generate
+    n_new = 32 if options.quick else 128
+    prompt = random_docs([32], ours.config.vocab_size)[0]
+
+    def our_text():
+        return list(generate(ours.eval(), prompt.tolist(), n_new, temperature=0))
+
+    def their_text(model):
+        ids = model.generate(
+            prompt[None], do_sample=False, eos_token_id=None, max_new_tokens=n_new
+        )
+        return ids[0, 32:].tolist()
+
+    arms = {"MiniKL, cache": our_text}
+    arms |= {name: partial(their_text, model.eval()) for name, model in theirs.items()}
+    texts = {tuple(arm()) for arm in arms.values()}
+    if len(texts) > 1:
+        raise ValueError("greedy generation differs")
+    seconds = race(arms, options.repeats)
+    title = f"Greedy generation, 32 + {n_new} tokens, with cache"
+    report(title, seconds, baselines, n_new)
+    return seconds
+
+
+def llama(options):   # {"full length": {name: ms}, "generation": {name: seconds}}
+    """Four races against transformers.
+
+    Training steps on full-length and on ragged documents, matrix products alone, cached
+    greedy generation.
+    """
     import transformers
 
-    from minikl.bench import random_docs, zipf_lengths
-    from minikl.generate import generate
     from minikl.model import MiniKLConfig
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    size = dict(d_model=128, num_heads=4, num_kv_heads=4, num_layers=2, vocab_size=1000) if options.quick else dict()
-    config, n_docs, length = MiniKLConfig(max_seq_len=1024, **size), 8, 64 if options.quick else 256
+    size = {}
+    if options.quick:
+        size = {"d_model": 128, "num_heads": 4, "num_kv_heads": 4}
+        size |= {"num_layers": 2, "vocab_size": 1000}
+    config = MiniKLConfig(max_seq_len=1024, **size)
     torch.manual_seed(0)
     ours, theirs = llama_pair(config)
-    print(f"transformers {transformers.__version__}; d_model {config.d_model}, {config.num_layers} layers, vocabulary {config.vocab_size}")
+    print(
+        f"transformers {transformers.__version__}; d_model {config.d_model}, "
+        f"{config.num_layers} layers, vocabulary {config.vocab_size}"
+    )
     baselines = {name.split(", ")[1]: name for name in theirs}
+    full_length = full_length_race(ours, theirs, baselines, options)
+    ragged_race(ours, theirs, baselines, options)
+    generation = generation_race(ours, theirs, baselines, options)
+    return {"full length": full_length, "generation": generation}
 
-    docs = random_docs([length] * n_docs, config.vocab_size)
-    arms = training_arms(ours, theirs, docs, options.compile)
-    products, flops = matmul_arm(config, n_docs * length)
-    seconds = race({**arms, "matrix products alone": products}, options.repeats)
-    results = {"full length": {name: 1000 * median(turns) for name, turns in seconds.items()}}
-    alone = seconds.pop("matrix products alone")
-    report(f"Training step, {n_docs} documents of {length} tokens", seconds, baselines, n_docs * length)
-    print(f"matrix products of the linear layers alone: {1000 * median(alone):,.0f} ms, {flops / median(alone) / 1e9:,.0f} GFLOP/s; "
-          "share of a step: " + ", ".join(f"{name} {median(a / b for a, b in zip(alone, seconds[name])):.0%}" for name in seconds))
-    attention = 6 * config.num_layers * n_docs * length**2 * config.d_model   # two products, forward and twice that backward, the causal half of each
-    print(f"with attention's own products, {attention / flops:.1%} more FLOPs, at that rate: "
-          + ", ".join(f"{name} {(1 + attention / flops) * median(a / b for a, b in zip(alone, seconds[name])):.0%}" for name in seconds))
 
-    lengths = zipf_lengths(n_docs * 4, length)
-    docs = random_docs(lengths, config.vocab_size)
-    seconds = race(training_arms(ours, theirs, docs), options.repeats)
-    report(f"Training step, {len(docs)} documents of 1 … {max(lengths)} tokens, {len(docs) * max(lengths) / sum(lengths):.1f} padded for each real one", seconds, baselines, sum(lengths))
+# ---- tokenizer
 
-    prompt, n_new = random_docs([32], config.vocab_size)[0], 32 if options.quick else 128
-    llama_arm = lambda model: model.generate(prompt[None], do_sample=False, eos_token_id=None, max_new_tokens=n_new)[0, 32:].tolist()
-    arms = {"MiniKL, cache": lambda: list(generate(ours.eval(), prompt.tolist(), n_new, temperature=0)),
-            **{name: lambda model=model.eval(): llama_arm(model) for name, model in theirs.items()}}
-    if len({tuple(arm()) for arm in arms.values()}) > 1: raise ValueError("greedy generation differs")
-    results["generation"] = race(arms, options.repeats)
-    report(f"Greedy generation, 32 + {n_new} tokens, with cache", results["generation"], baselines, n_new)
-    return results
+
+def cut_like_ours(other):
+    "Have a tokenizer of Hugging Face cut texts where MiniKL does."
+    import tokenizers as hf
+
+    from minikl.tokenizer import SPLIT
+    pattern = hf.Regex(SPLIT.pattern)
+    other.pre_tokenizer = hf.pre_tokenizers.Split(pattern, "isolated")
+    return other
+
+
+def tokenizer_training_race(
+    texts,       # list of str
+    vocab_size,  # int
+    alphabet,    # characters that all begin with
+    n_mb,        # of the texts
+    options,     # of the command line
+):               # (Tokenizer, rustbpe.Tokenizer or None)
+    "Train on the same texts."
+    import tokenizers as hf
+
+    from minikl.tokenizer import SPLIT, Tokenizer
+    def train_minikl():
+        return Tokenizer.train(
+            texts, vocab_size + 256, special_tokens=(), character_coverage=1
+        )
+
+    def train_hf():
+        trainer = hf.trainers.BpeTrainer(
+            vocab_size=vocab_size,
+            initial_alphabet=alphabet,
+            min_frequency=2,
+            show_progress=False,
+        )
+        other = cut_like_ours(hf.Tokenizer(hf.models.BPE()))
+        other.train_from_iterator(texts, trainer)
+
+    minikl = Kept(train_minikl)
+    rust = None
+    arms = {"MiniKL": minikl, "tokenizers.BpeTrainer": train_hf}
+    # optional: pip install rustbpe tiktoken
+    if find_spec("rustbpe") and find_spec("tiktoken"):
+        import rustbpe
+
+        def train_rustbpe():
+            other = rustbpe.Tokenizer()
+            other.train_from_iterator(iter(texts), vocab_size, pattern=SPLIT.pattern)
+            return other
+
+        rust = Kept(train_rustbpe)
+        arms["rustbpe, from bytes"] = rust
+    seconds = race(arms, min(options.repeats, 5))
+    ours = minikl.result
+    print(
+        f"tokenizers {hf.__version__}; {n_mb:.1f} MB of text, "
+        f"{len(alphabet):,} characters, {len(ours.merges):,} merges"
+    )
+    baselines = {"BpeTrainer": "tokenizers.BpeTrainer"}
+    report("Training", seconds, baselines, 1000 * n_mb, "KB")
+    return ours, rust and rust.result
+
+
+def same_in_hugging_face(ours):   # tokenizers.Tokenizer
+    "A trained tokenizer, with the same merges in the same order."
+    import tokenizers as hf
+    merges = [tuple(ours.tokens[ord(part)] for part in pair) for pair in ours.merges]
+    return cut_like_ours(hf.Tokenizer(hf.models.BPE(vocab=ours.vocab, merges=merges)))
+
+
+def encoding_race(texts, ours, from_bytes, n_mb, options):
+    "Encode the same texts; tokenizers has to find the same ids."
+    from minikl.tokenizer import SPLIT
+    theirs = same_in_hugging_face(ours)
+    found = [encoding.ids for encoding in theirs.encode_batch(texts)]
+    if found != ours.encode_batch(texts):
+        raise ValueError("the ids differ")
+    arms = {
+        "MiniKL, encode_batch": partial(ours.encode_batch, texts),
+        "tokenizers, encode_batch": partial(theirs.encode_batch, texts),
+        "tokenizers, encode_batch_fast": partial(theirs.encode_batch_fast, texts),
+    }
+    if from_bytes:
+        import tiktoken
+        ranks = {bytes(token): i for token, i in from_bytes.get_mergeable_ranks()}
+        bytewise = tiktoken.Encoding(
+            "rustbpe",
+            pat_str=SPLIT.pattern,
+            special_tokens={},
+            mergeable_ranks=ranks,
+        )
+        arms["tiktoken, from bytes"] = partial(
+            bytewise.encode_ordinary_batch, texts, num_threads=options.threads
+        )
+    seconds = race(arms, options.repeats)
+    columns = ("encode_batch", "encode_batch_fast")
+    baselines = {name: f"tokenizers, {name}" for name in columns}
+    title = "Encoding, same ids as tokenizers"
+    report(title, seconds, baselines, 1000 * n_mb, "KB")
 
 
 def tokenizer(options):
-    "Training and encoding of the poetry corpus, from characters, against tokenizers, rustbpe and tiktoken."
-    import tokenizers as hf
+    """Training and encoding of the poetry corpus, from characters.
 
+    Against tokenizers and, where they are installed, rustbpe and tiktoken.
+    """
     from minikl.data import build_poetry, build_toy, read_jsonl
-    from minikl.tokenizer import SPLIT, Tokenizer
     texts = list(read_jsonl(build_toy() if options.quick else build_poetry()))
-    vocab_size, alphabet, n_mb = 1000 if options.quick else 12_000, sorted(set("".join(texts))), sum(len(text.encode()) for text in texts) / 1e6
-    def cut(other):
-        other.pre_tokenizer = hf.pre_tokenizers.Split(hf.Regex(SPLIT.pattern), "isolated")
-        return other
+    vocab_size = 1000 if options.quick else 12_000
+    alphabet = sorted(set("".join(texts)))
+    n_mb = sum(len(text.encode()) for text in texts) / 1e6
+    ours, from_bytes = tokenizer_training_race(
+        texts, vocab_size, alphabet, n_mb, options
+    )
+    encoding_race(texts, ours, from_bytes, n_mb, options)
 
-    trained = {}
-    def train_minikl(): trained["minikl"] = Tokenizer.train(texts, vocab_size + 256, special_tokens=(), character_coverage=1)
-    def train_hf():
-        trainer = hf.trainers.BpeTrainer(vocab_size=vocab_size, initial_alphabet=alphabet, min_frequency=2, show_progress=False)
-        cut(hf.Tokenizer(hf.models.BPE())).train_from_iterator(texts, trainer)
-    arms = {"MiniKL": train_minikl, "tokenizers.BpeTrainer": train_hf}
-    both = find_spec("rustbpe") and find_spec("tiktoken")   # optional: pip install rustbpe tiktoken
-    if both:
-        import rustbpe
-        import tiktoken
-        def train_rustbpe():
-            trained["rustbpe"] = rustbpe.Tokenizer()
-            trained["rustbpe"].train_from_iterator(iter(texts), vocab_size, pattern=SPLIT.pattern)
-        arms["rustbpe, from bytes"] = train_rustbpe
-    seconds = race(arms, min(options.repeats, 5))
-    ours = trained["minikl"]
-    print(f"tokenizers {hf.__version__}; {n_mb:.1f} MB of text, {len(alphabet):,} characters, {len(ours.merges):,} merges")
-    report("Training", seconds, {"BpeTrainer": "tokenizers.BpeTrainer"}, 1000 * n_mb, "KB")
 
-    theirs = cut(hf.Tokenizer(hf.models.BPE(vocab=ours.vocab, merges=[tuple(ours.tokens[ord(part)] for part in pair) for pair in ours.merges])))
-    if [encoding.ids for encoding in theirs.encode_batch(texts)] != ours.encode_batch(texts): raise ValueError("the ids differ")
-    arms = {"MiniKL, encode_batch": lambda: ours.encode_batch(texts), "tokenizers, encode_batch": lambda: theirs.encode_batch(texts),
-            "tokenizers, encode_batch_fast": lambda: theirs.encode_batch_fast(texts)}
-    if both:
-        ranks = {bytes(token): i for token, i in trained["rustbpe"].get_mergeable_ranks()}
-        bytewise = tiktoken.Encoding("rustbpe", pat_str=SPLIT.pattern, special_tokens={}, mergeable_ranks=ranks)
-        arms["tiktoken, from bytes"] = lambda: bytewise.encode_ordinary_batch(texts, num_threads=options.threads)
-    seconds = race(arms, options.repeats)
-    report("Encoding, same ids as tokenizers", seconds, {name: f"tokenizers, {name}" for name in ("encode_batch", "encode_batch_fast")}, 1000 * n_mb, "KB")
-
+# ---- the command line
 
 COMMANDS = {"tokenizer": tokenizer, "llama": llama}
 
 
-def main(argv=None):
-    parser = argparse.ArgumentParser("versus.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=COMMANDS)
-    parser.add_argument("--quick", action="store_true", help="small sizes, a few seconds")
-    parser.add_argument("--compile", action="store_true", help="also with torch.compile (needs a C++ compiler)")
-    parser.add_argument("--repeats", type=int, default=7, help="timed turns; the table shows medians")
-    parser.add_argument("--threads", type=int, default=2)
+def main(argv=None):   # what a command found, for the lesson that draws it
+    parser = argparse.ArgumentParser(
+        "versus.py",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    with_compiler = "also with torch.compile (needs a C++ compiler)"
+    add("what", choices=COMMANDS)
+    add("--quick", action="store_true", help="small sizes, a few seconds")
+    add("--compile", action="store_true", help=with_compiler)
+    add("--repeats", type=int, default=7, help="timed turns; the table shows medians")
+    add("--threads", type=int, default=2)
     options = parser.parse_args(argv)
-    os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="true", RAYON_NUM_THREADS=str(options.threads))
+    os.environ.update(
+        HF_HUB_OFFLINE="1",
+        TOKENIZERS_PARALLELISM="true",
+        RAYON_NUM_THREADS=str(options.threads),
+    )
     torch.set_num_threads(options.threads)
-    print(f"cpu, float32, {options.threads} threads, torch {torch.__version__}, median of {options.repeats} turns", end=", ")
+    print(
+        f"cpu, float32, {options.threads} threads, torch {torch.__version__}, "
+        f"median of {options.repeats} turns",
+        end=", ",
+    )
     return COMMANDS[options.what](options)
 
 
-if __name__ == "__main__": main()
+if __name__ == "__main__":
+    main()
