@@ -12,7 +12,8 @@ import pytest
 
 from minikl import files, report
 from minikl.files import UserError
-from minikl.report import FEWEST, diagnose, facts, main, read_run, write_report
+from minikl.recorded import read_run
+from minikl.report import FEWEST, diagnose, facts, main, write_report
 
 
 def line(i, **changes):

@@ -19,7 +19,7 @@ from nbdev import doclinks, quarto
 from nbdev.config import get_config
 from nbdev.serve import proc_nbs
 
-from minikl.data import npm_pack
+from minikl.corpora import npm_pack
 
 KATEX = "0.16.11"
 KATEX_FILES = (
