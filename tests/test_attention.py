@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional as F
 
 from minikl.attention import Attention, causal_attention
-from minikl.rope import rope_table
+from minikl.rope import rope_table, rotate
 
 
 class Marked(torch.Tensor):
@@ -96,6 +96,21 @@ def test_documents_end_to_end_leak_without_a_mask():
     leaking = layer(flat, rotation, causal_attention)
     torch.testing.assert_close(leaking[:3], apart[:3])
     assert (leaking[3:] - apart[3:]).abs().max() > 1e-2
+
+
+def test_the_module_equals_the_formula_and_only_distances_matter():
+    torch.manual_seed(0)
+    layer = Attention(32, 4, 2)
+    x = torch.randn(7, 32)
+    rotation = rope_table(torch.arange(7), layer.d_head)
+    q = rotate(layer.w_q(x).view(7, 4, 8), rotation)
+    k = rotate(layer.w_k(x).view(7, 2, 8), rotation)
+    v = layer.w_v(x).view(7, 2, 8)
+    expected = layer.w_o(by_hand(q, k, v).flatten(1))
+    torch.testing.assert_close(layer(x, rotation, causal_attention), expected)
+    far_away = rope_table(torch.arange(1000, 1007), layer.d_head)
+    moved = layer(x, far_away, causal_attention)
+    torch.testing.assert_close(moved, expected, rtol=0, atol=1e-4)
 
 
 def test_positions_matter():
