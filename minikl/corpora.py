@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['DATA', 'FLOWERS', 'TOY_GRAMMAR', 'POETRY', 'POETRY_SHA256', 'COLLECTIONS', 'MARKDOWN', 'CORPORA', 'home', 'toy_poem',
            'toy_corpus', 'entropy', 'toy_floor', 'built', 'open_corpus', 'build_corpus', 'toy_records', 'build_toy',
-           'CannotFetch', 'npm_command', 'npm_pack', 'fetch_poetry', 'reading_order', 'collections', 'simplifier',
-           'poems', 'build_poetry', 'plain', 'scenes', 'build_shakespeare']
+           'CannotFetch', 'npm_command', 'npm_pack', 'fetch_poetry', 'reading_order', 'poem_files', 'simplifier',
+           'poems', 'build_poetry', 'plain_text', 'scenes', 'build_shakespeare']
 
 # %% ../nbs/reference/corpora.ipynb #h002
 import errno
@@ -229,7 +229,7 @@ def reading_order(name):  # key to sort files by
     "Nalan's poems first, those of Tang and Song last, and else by name."
     return "nalanxingde" not in name, "quantangshi" in name, name
 
-def collections(
+def poem_files(
     archive,  # path of the npm package
     large,    # with the shi of Tang and Song?
 ):            # iterator of (name of a file, its poems), in reading order
@@ -264,7 +264,7 @@ def poems(
     simplify = simplifier() if large else None
     corpus = "poetry-large.jsonl" if large else "poetry.jsonl"
     seen = set()
-    for name, found in collections(fetch_poetry(folder), large):
+    for name, found in poem_files(fetch_poetry(folder), large):
         file = "nalan.jsonl" if "nalanxingde" in name else corpus
         for i, poem in enumerate(found):
             titles = (poem.get("title"), poem.get("rhythmic"), poem.get("chapter"))
@@ -296,7 +296,7 @@ MARKDOWN = {  # pattern: what takes its place
     r"[*_\\]| +$": "",
 }
 
-def plain(markdown):  # str without marks
+def plain_text(markdown):  # str without marks
     for marks, replacement in MARKDOWN.items():
         markdown = re.sub(marks, replacement, markdown, flags=re.M)
     return markdown.strip()
@@ -314,7 +314,7 @@ def scenes():  # iterator of (file name, record)
         parts = re.split(r"^#+ +", markdown, flags=re.M)  # at headings
         about = {"title": parts[1].strip(), "author": "William Shakespeare"}
         for i, part in enumerate(parts):
-            text = plain(part)
+            text = plain_text(part)
             if "\n" in text:  # else a heading alone, such as that of an act
                 record = {"id": f"{path.stem}-{i}", **about, "content": text}
                 yield "shakespeare.jsonl", record
