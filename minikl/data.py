@@ -224,6 +224,7 @@ def plain_fingerprint(
     "A hash of the bytes of some files and of settings, whatever the code."
     hashes = [file_sha256(regular_file(path)) for path in listed(paths)]
     return hashlib.sha256(json.dumps([settings, *hashes]).encode()).hexdigest()[:16]
+
 def fingerprint(paths, *settings):  # 16 hex digits
     "Name for what is built from files: a hash of bytes, settings and code."
     return plain_fingerprint(paths, code_version(), *settings)
