@@ -72,6 +72,7 @@ class Documents:
         self.n_chars = int(token_file.n_chars[indices].sum())
         starts, ends = token_file.starts[indices], token_file.ends[indices]
         self.starts, self.ends = piece_bounds(starts, ends, max_seq_len)
+        self.lengths = self.ends - self.starts
 
     def __len__(self):
         return len(self.starts)
@@ -347,6 +348,11 @@ def is_local(self: Documents, i):  # bool
 def local_indices(self: Documents):  # list of int
     "The pieces whose tokens lie on this machine."
     return [i for i in range(len(self)) if self.is_local(i)]
+
+@patch
+def n_targets(self: Documents, indices=...):  # int
+    "Predictions that these pieces ask for; left out: all pieces."
+    return int((self.lengths[indices] - 1).sum())
 
 # %% ../nbs/reference/corpora.ipynb #h005
 import lzma
