@@ -32,12 +32,12 @@ class MiniKLConfig:
     num_kv_heads: int = option(8, "key and value heads; fewer make generation cheaper")
     num_layers: int = option(4, "blocks, each of attention and a GLU or FFN")
     ffn: str = option("GLU", "network in each block: GLU (with a gate) or FFN")
-    d_ff: int = option(0, "its inner width; 0: 8/3 d_model (GLU) or 4 d_model (FFN)")
-    activation: str = option("silu", "its activation function: silu, gelu or relu")
+    d_ff: int = option(0, "inner width of GLU or FFN; 0: 8/3 or 4 times d_model")
+    activation: str = option("silu", "activation function in it: silu, gelu or relu")
     theta: float = option(1e6, "wavelength base of RoPE; larger for longer texts")
-    vocab_size: int = option(5000, "tokens that the model knows")
-    max_seq_len: int = option(32768, "tokens in the longest document")
-    norm_eps: float = option(1e-5, "added in RMSNorm, which must not divide by zero")
+    vocab_size: int = option(5000, "tokens in the vocabulary; a given one sets it")
+    max_seq_len: int = option(32768, "longest document in tokens; longer ones are cut")
+    norm_eps: float = option(1e-5, "keeps RMSNorm from dividing by zero")
     tie_embeddings: bool = option(False, "output layer and embedding share weights")
     qk_norm: bool = option(False, "normalize queries and keys; allows higher rates")
 
@@ -81,11 +81,10 @@ class Block(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        width, eps = config.d_model, config.norm_eps
-        heads = (config.num_heads, config.num_kv_heads)
-        self.attention_norm = nn.RMSNorm(width, eps=eps)
-        self.attention = Attention(width, *heads, config.qk_norm, eps)
-        self.ffn_norm = nn.RMSNorm(width, eps=eps)
+        sizes = (config.d_model, config.num_heads, config.num_kv_heads)
+        self.attention_norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
+        self.attention = Attention(*sizes, config.qk_norm, config.norm_eps)
+        self.ffn_norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
         self.ffn = GLU(config) if config.ffn == "GLU" else FFN(config)
 
     def forward(self, x, rotation, attend):  # x: (..., d_model)
@@ -199,7 +198,8 @@ def check_fit(config):  # MiniKLConfig
     "`UserError` where values do not fit together."
     limit = UPPER_LIMITS["d_ff"]
     _expect(config, "d_ff", [int], 1, limit, f"at most {limit}")
-    width, heads = config.d_model, config.num_heads
+    width = config.d_model
+    heads = config.num_heads
     if width % heads:
         raise UserError(f"d_model={width} does not divide by num_heads={heads}")
     if config.d_head % 2:

@@ -53,17 +53,16 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure=None):
         for group in self.param_groups:
-            momentum, lr = group["momentum"], group["lr"]
             for weight in group["params"]:
                 state = self.state[weight]
                 if "mean" not in state:
                     state["mean"] = torch.zeros_like(weight)
-                mean = state["mean"].lerp_(weight.grad, 1 - momentum)
-                ahead = weight.grad.lerp(mean, momentum)
+                mean = state["mean"].lerp_(weight.grad, 1 - group["momentum"])
+                ahead = weight.grad.lerp(mean, group["momentum"])
                 update = sharded_like(orthogonalize(unsharded(ahead)), weight)
                 rows, columns = weight.shape
-                weight.mul_(1 - lr * group["weight_decay"])
-                weight.add_(update, alpha=-lr * max(1, rows / columns) ** 0.5)
+                weight.mul_(1 - group["lr"] * group["weight_decay"])
+                weight.add_(update, alpha=-group["lr"] * max(1, rows / columns) ** 0.5)
 
 # %% ../nbs/06_training.ipynb #c071a
 def accumulate(loss, batches, precision, factor):  # summed loss of all micro-batches
@@ -212,5 +211,5 @@ def sharded_like(tensor, weight):  # the same, or this process's part of it
     "Cut a tensor that every process has, as `weight` is cut."
     if not isinstance(weight, DTensor):
         return tensor
-    mesh, placements = weight.device_mesh, weight.placements
-    return distribute_tensor(tensor, mesh, placements, src_data_rank=None)
+    placement = (weight.device_mesh, weight.placements)
+    return distribute_tensor(tensor, *placement, src_data_rank=None)
