@@ -18,8 +18,8 @@ from .rope import rope_table
 # %% ../nbs/05_model.ipynb #c022
 ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "relu": F.relu}
 
-def option(default, help):  # value where none is given, sentence for people
-    "A field of a dataclass that explains itself; the command line shows its sentence."
+def option(default, help):
+    "A dataclass field with a sentence on what it is for; the command line shows it."
     return field(default=default, metadata={"help": help})
 
 # %% ../nbs/05_model.ipynb #c022b
@@ -277,7 +277,9 @@ def read_config(
         raise UserError(f"{path}: {error}") from None
 
 # %% ../nbs/reference/weights.ipynb #d004
-def shapes_of(config):  # MiniKLConfig → {name of a weight: its shape}
+def shapes_of(
+    config,  # MiniKLConfig
+):           # {name of a weight: its shape}
     "What the weights of a model look like. Nothing is allocated, however large it is."
     with torch.device("meta"):
         one_layer = MiniKL(replace(config, num_layers=1)).state_dict()

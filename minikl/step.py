@@ -65,8 +65,8 @@ class Muon(torch.optim.Optimizer):
                 weight.add_(update, alpha=-group["lr"] * max(1, rows / columns) ** 0.5)
 
 # %% ../nbs/06_training.ipynb #c071a
-def accumulate(loss, batches, precision, factor):  # summed loss of all micro-batches
-    "Add up the gradients of the loss times `factor`, one micro-batch after the other."
+def accumulate(loss, batches, precision, factor):
+    "Add up the gradients of the loss times `factor`; return the loss of all batches."
     total = 0.0
     for i, batch in enumerate(batches):
         with exchange_if(i == len(batches) - 1, loss):
@@ -132,7 +132,7 @@ class Precision:
         self.scaler = torch.amp.GradScaler(device, enabled=dtype == "fp16")
 
     @staticmethod
-    def best(device):  # "fp32", "bf16" or "fp16"
+    def best(device):
         "bf16 where the device has it in hardware, fp16 on older GPUs, else fp32."
         if device != "cuda":
             return "fp32"
@@ -199,16 +199,23 @@ def exchange_if(
     return loss.no_sync()
 
 # %% ../nbs/reference/precision.ipynb #a81f99e4
-def unsharded(tensor):  # ordinary tensor
+def unsharded(
+    tensor,  # of which this process may hold a part
+):           # ordinary tensor
     "All of a tensor that processes may hold in parts. If so, all of them call this."
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
-def local(tensor):  # ordinary tensor
+def local(
+    tensor,  # of which this process may hold a part
+):           # ordinary tensor
     "What this process has of it."
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
-def sharded_like(tensor, weight):  # the same, or this process's part of it
-    "Cut a tensor that every process has, as `weight` is cut."
+def sharded_like(
+    tensor,  # that every process has
+    weight,  # that may be cut
+):           # the tensor, or this process's part of it
+    "Cut a tensor as `weight` is cut."
     if not isinstance(weight, DTensor):
         return tensor
     placement = (weight.device_mesh, weight.placements)
