@@ -57,22 +57,20 @@ def choose(logits, randoms, temperature=1.0, **cuts):  # (batch, vocab) → (bat
 class KVCache:
     """Keys and values of the tokens so far: `model(*cache.step(ids))` reads new ones.
 
-    num_layers, num_kv_heads, d_head: as in the model; batch: texts that grow side by
-    side; max_len: tokens that there is room for in each; options: device, dtype.
+    batch: texts side by side; max_len: room for tokens in each; options: device, dtype.
     """
 
     def __init__(self, num_layers, batch, max_len, num_kv_heads, d_head, **options):
         # in memory, the keys of one head lie side by side
         shape = (num_layers, batch, num_kv_heads, max_len, d_head)
         self.k = torch.zeros(shape, **options).transpose(2, 3)
-        self.v = torch.zeros(shape, **options).transpose(2, 3)
+        self.v = torch.zeros_like(self.k)
         self.lengths = [0] * batch
 
     def step(self, ids, lengths=None):  # (batch, seq) → three arguments of the model
         """Make room for the next tokens. `UserError` if there is none.
 
-        lengths: how many of each row are real, padding behind them; None: all.
-        """
+        lengths: how many of each row are real, padding behind them; None: all."""
         batch, max_len = self.k.shape[1:3]
         seq = ids.shape[1]
         end = max(self.lengths) + seq
@@ -122,7 +120,6 @@ def stream_text(tokenizer, ids):  # iterable of int → iterator of str
 
 # %% ../nbs/reference/prompt.ipynb #p002
 import argparse
-import errno
 import os
 import sys
 from contextlib import suppress
@@ -156,11 +153,9 @@ def top_p_bar(scores, top_p):  # (batch, vocab) → the lowest that is kept: (ba
 def generate_batch(model, prompts, max_new_tokens=200, stop=None, seeds=None, **knobs):
     """Continue prompts of any lengths side by side, each as if it were alone.
 
-    prompts: lists of ids, none empty; stop: id that ends a text; seeds: a whole number
-    for each prompt, on which alone its draws depend (None: left to chance); knobs:
-    temperature, top_k, top_p, min_p. An iterator of steps: a list with a token for
-    each prompt, None where the text has ended. `UserError` where a prompt does not fit.
-    """
+    prompts: lists of ids, none empty; stop: id that ends a text; seeds: whole numbers,
+    on which alone draws depend (None: left to chance); knobs: as for `narrow`.
+    An iterator of steps: for each prompt a token, or None where its text has ended."""
     lengths = [len(ids) for ids in prompts]
     limit = model.config.max_seq_len
     if 0 in lengths:
@@ -181,18 +176,17 @@ def generate_batch(model, prompts, max_new_tokens=200, stop=None, seeds=None, **
 def _steps(model, prompts, room, stop, randoms, knobs):
     "The steps of `generate_batch`; `room`: how many tokens may be added to each."
     lengths = [len(ids) for ids in prompts]
-    max_len = max(length + new for length, new in zip(lengths, room, strict=True))
+    max_len = max(map(sum, zip(lengths, room, strict=True)))
     config = model.config
-    device = model.embed.weight.device
+    weight = model.embed.weight
     cache = KVCache(
         config.num_layers, len(prompts), max_len, config.num_kv_heads, config.d_head,
-        device=device, dtype=model.embed.weight.dtype,
+        device=weight.device, dtype=weight.dtype,
     )
-    tensors = [torch.tensor(ids, device=device) for ids in prompts]
+    tensors = [torch.tensor(ids, device=weight.device) for ids in prompts]
     padded = pad_sequence(tensors, batch_first=True)  # (texts, longest prompt)
-    logits = model(*cache.step(padded, lengths))
     rows = list(range(len(prompts)))  # texts that still grow
-    logits = logits[rows, [length - 1 for length in lengths]]  # behind the last token
+    logits = model(*cache.step(padded, lengths))[rows, [n - 1 for n in lengths]]
     for n in range(1, max(room) + 1):
         new = choose(logits, [randoms[row] for row in rows], **knobs)
         pairs = zip(rows, new.tolist(), strict=True)
@@ -240,8 +234,7 @@ def main(argv=None):
     parser = OneLineParser(
         "generate.py",
         description="Continue texts with a trained MiniKL.",
-        usage="%(prog)s [--option=value …]",
-        allow_abbrev=False,
+        usage="%(prog)s [--option=value …]", allow_abbrev=False,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     for name, default, text in OPTIONS:
@@ -294,11 +287,9 @@ def load(options):
 # %% ../nbs/reference/prompt.ipynb #s003
 def as_text(prompt):  # str that can be written
     "A prompt as it was typed. `UserError` where its bytes are not UTF-8."
-    try:
+    with suppress(UnicodeEncodeError):  # bytes that this system's encoding lacks
         prompt.encode("utf-8")
         return prompt
-    except UnicodeEncodeError:  # bytes that this system's encoding does not know
-        pass
     try:
         return os.fsencode(prompt).decode("utf-8")
     except UnicodeError:
@@ -312,11 +303,9 @@ def write_samples(model, tokenizer, options, prompts, group=16):
     stop = tokenizer.special.get("</s>")
 
     def begin(jobs):  # [(prompt, seed)] → steps of `generate_batch`
-        prompts = [encode_prompt(prompt, tokenizer) for prompt, _ in jobs]
+        ids = [encode_prompt(prompt, tokenizer) for prompt, _ in jobs]
         seeds = [seed for _, seed in jobs]
-        return generate_batch(
-            model, prompts, options.max_new_tokens, stop, seeds, **knobs
-        )
+        return generate_batch(model, ids, options.max_new_tokens, stop, seeds, **knobs)
 
     seeds = range(options.seed, options.seed + options.num_samples)
     for prompt in prompts:  # all are checked before the first is written
@@ -351,9 +340,10 @@ def converse(model, tokenizer, options):
 
 def ask():  # str, or None at the end
     "A line that somebody types. `UserError` where there is nothing to read from."
+    hint = "nothing can be typed here"
+    if sys.stdin is None:
+        raise UserError(f"--interactive: standard input is closed; {hint}")
     try:
-        if sys.stdin is None:
-            raise OSError(errno.EBADF, "standard input is closed")
         return input("> ")
     except (EOFError, KeyboardInterrupt):
         print()
@@ -361,8 +351,7 @@ def ask():  # str, or None at the end
     except BrokenPipeError:  # nobody reads what is printed
         raise
     except OSError as error:
-        problem = f"{error.strerror}; nothing can be typed here"
-        raise UserError(f"--interactive: {problem}") from None
+        raise UserError(f"--interactive: {error.strerror}; {hint}") from None
 
 # %% ../nbs/reference/prompt.ipynb #c066
 if __name__ == "__main__" and "__file__" in globals():
