@@ -18,9 +18,9 @@ from .rope import rope_table
 # %% ../nbs/05_model.ipynb #c022
 ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "relu": F.relu}
 
-def option(default, help):
+def option(default, help, **limits):
     "A dataclass field with a sentence on what it is for; the command line shows it."
-    return field(default=default, metadata={"help": help})
+    return field(default=default, metadata={"help": help, **limits})
 
 # %% ../nbs/05_model.ipynb #c022b
 @dataclass
