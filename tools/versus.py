@@ -159,7 +159,8 @@ def tokenizer(options):
     "Training and encoding of the poetry corpus, from characters, against tokenizers, rustbpe and tiktoken."
     import tokenizers as hf
 
-    from minikl.data import build_poetry, build_toy, read_jsonl
+    from minikl.corpora import build_poetry, build_toy
+    from minikl.jsonl import read_jsonl
     from minikl.tokenizer import SPLIT, Tokenizer
     texts = list(read_jsonl(build_toy() if options.quick else build_poetry()))
     vocab_size, alphabet, n_mb = 1000 if options.quick else 12_000, sorted(set("".join(texts))), sum(len(text.encode()) for text in texts) / 1e6
