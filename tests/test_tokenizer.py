@@ -57,7 +57,8 @@ def in_no_order():
 
 
 def halves():
-    return Tokenizer({"\ud83d": 0, "\ude42": 1, "\ud83d\ude42": 2})
+    first, second = chr(0xD83D), chr(0xDE42)
+    return Tokenizer({first: 0, second: 1, first + second: 2})
 
 
 def test_pieces_put_together_are_the_text():
