@@ -52,6 +52,7 @@ def count_from(
     last_start = torch.where(starts, number, 0).cummax(0).values
     return number - last_start
 
+# %% ../nbs/09_fast_tokenizer.ipynb #q031
 class Row:
     "A corpus as one row of places, each linked to the place before and after it."
 
@@ -148,6 +149,7 @@ def kind_of(char):
     "LETTER, NUMBER, SIGN or SPACE."
     return KIND.match(char).lastindex - 1
 
+# %% ../nbs/09_fast_tokenizer.ipynb #q032
 def number_in_run(
     values,       # (chars)
     text_starts,  # where a text begins: bool (chars)
@@ -192,6 +194,7 @@ def free_shift(
             return shift
     return None
 
+# %% ../nbs/09_fast_tokenizer.ipynb #q033
 def shift_combs(
     combs,     # {left id: [(right id, new id), …]}
     n_tokens,  # size of the vocabulary
@@ -312,7 +315,7 @@ class BatchEncoder:
         text_starts = torch.zeros_like(codes, dtype=bool)
         text_starts[(text_ends - lengths)[lengths > 0]] = True
         chars = self.chars[codes]
-        starts = piece_starts(codes, chars[:, 0], text_starts)
+        starts = piece_starts(codes, chars[:, 0].to(torch.int8), text_starts)
         spellings = chars[:, 1:]
         is_id = spellings >= 0
         ids = spellings[is_id]
