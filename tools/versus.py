@@ -404,9 +404,9 @@ def encoding_race(texts, ours, from_bytes, n_mb, options):
 def tokenizer(options):
     """Training and encoding of the poetry corpus, from characters.
 
-    Against tokenizers and, where they are installed, rustbpe and tiktoken.
-    """
-    from minikl.data import build_poetry, build_toy, read_jsonl
+    from minikl.corpora import build_poetry, build_toy
+    from minikl.jsonl import read_jsonl
+    from minikl.tokenizer import SPLIT, Tokenizer
     texts = list(read_jsonl(build_toy() if options.quick else build_poetry()))
     vocab_size = 1000 if options.quick else 12_000
     alphabet = sorted(set("".join(texts)))
