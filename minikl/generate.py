@@ -131,7 +131,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 from minikl.data import encode_prompt
 from minikl.files import OneLineParser, one_line_errors
-from minikl.model import MiniKL, pick_device
+from minikl.model import MiniKL
+from minikl.step import pick_device
 from minikl.tokenizer import Tokenizer
 
 # %% ../nbs/reference/prompt.ipynb #p005

@@ -70,7 +70,8 @@ import pickle
 from datetime import timedelta
 
 from .files import UserError
-from .model import Block, draw_weight, pick_device
+from .model import Block, draw_weight
+from .step import pick_device
 
 # %% ../nbs/reference/ranks.ipynb #k001
 def environment_number(name, default):  # int

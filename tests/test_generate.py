@@ -20,7 +20,8 @@ from conftest import ROOT
 from minikl import bench, generate, llama
 from minikl.files import UserError, write_together
 from minikl.generate import choose, narrow
-from minikl.model import MiniKL, MiniKLConfig, count_by_formula, pick_device
+from minikl.model import MiniKL, MiniKLConfig, count_by_formula
+from minikl.step import pick_device
 from minikl.tokenizer import Tokenizer
 
 TINY = {

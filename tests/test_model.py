@@ -18,8 +18,9 @@ from minikl.attention import causal_attention
 from minikl.files import UserError
 from minikl.generate import KVCache
 from minikl.layouts import LAYOUTS, Nested, Packed, Padded
-from minikl.model import MiniKL, MiniKLConfig, count_by_formula, pick_device
+from minikl.model import MiniKL, MiniKLConfig, count_by_formula
 from minikl.rope import rope_table
+from minikl.step import pick_device
 
 VARIANTS = [
     {"num_kv_heads": kv_heads, "ffn": ffn, "tie_embeddings": tied}
