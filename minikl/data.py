@@ -293,16 +293,31 @@ class Documents:
             self.starts + max_seq_len, ends.repeat_interleave(n_pieces)
         )
 
+    @property
+    def lengths(self):  # tokens of each piece: (pieces)
+        return self.ends - self.starts
+
+    def n_targets(
+        self,
+        indices=slice(None),  # of pieces; left out: all
+    ):                        # int
+        return int((self.lengths[indices] - 1).sum())
+
+    def thin(self, every):
+        "Keep every so many of the pieces only."
+        self.starts = self.starts[::every]
+        self.ends = self.ends[::every]
+
     def __len__(self):
         return len(self.starts)
 
-    def here(self, i):
+    def is_local(self, i):
         return (
             0 <= self.starts[i] < len(self.tokens)
         )  # else another host has it (lesson 13)
 
-    def at_hand(self):
-        return [i for i in range(len(self)) if self.here(i)]
+    def local_indices(self):
+        return [i for i in range(len(self)) if self.is_local(i)]
 
     def __getitem__(self, i):
         return self.tokens[self.starts[i] : self.ends[i]].long()
