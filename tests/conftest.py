@@ -52,7 +52,7 @@ def pytest_sessionstart(session):
     session.config.no_poetry = ""
     if is_worker(session.config):
         return
-    build = "from minikl.data import build_poetry; build_poetry()"
+    build = "from minikl.corpora import build_poetry; build_poetry()"
     done = subprocess.run(
         [sys.executable, "-c", build], cwd=ROOT, capture_output=True, text=True
     )
@@ -119,8 +119,8 @@ def run(script, tmp_path):
 @pytest.fixture
 def home(tmp_path, monkeypatch):
     "Caches of a test go to a folder of its own; Ctrl-C is not ignored."
-    from minikl import train
-    monkeypatch.setattr(train, "DATA", tmp_path / "data")
+    from minikl import prepare
+    monkeypatch.setattr(prepare, "DATA", tmp_path / "data")
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)

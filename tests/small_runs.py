@@ -8,7 +8,7 @@ import signal
 
 from conftest import ROOT
 
-from minikl import train
+from minikl.learner import Learner
 
 OLD = ROOT / "tests" / "old_runs"   # corpus, vocabulary, checkpoints of older versions
 RESULTS = (
@@ -71,13 +71,13 @@ def result(out):
 
 def before_each_step(monkeypatch, call):
     "Have every run do `call(step)` before it takes a step."
-    take = train.Run.step
+    take = Learner.step
 
-    def stepping(self, step, progress):
+    def stepping(self, documents, step, done):
         call(step)
-        return take(self, step, progress)
+        return take(self, documents, step, done)
 
-    monkeypatch.setattr(train.Run, "step", stepping)
+    monkeypatch.setattr(Learner, "step", stepping)
 
 
 def interrupt_at(monkeypatch, step, number):

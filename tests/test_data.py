@@ -20,26 +20,28 @@ import regex
 import torch
 
 import minikl.data
+import minikl.jsonl
 import minikl.tokenizer
-from minikl import data
-from minikl.data import (
+from minikl import corpora, data
+from minikl.corpora import (
     CannotFetch,
-    Documents,
-    TokenFile,
     build_corpus,
     build_poetry,
-    build_tokens,
     build_toy,
     fetch_poetry,
+)
+from minikl.data import (
+    Documents,
+    TokenFile,
+    build_tokens,
     fingerprint,
     hash_fraction,
     plain_fingerprint,
-    read_jsonl,
-    record_text,
     sample_pieces,
     shuffled,
 )
 from minikl.files import UserError, file_sha256
+from minikl.jsonl import read_jsonl, record_text
 from minikl.tokenizer import SPECIAL_TOKENS, Tokenizer
 
 HALF = "\ud83d"   # half a surrogate pair
@@ -72,12 +74,12 @@ def copied_package(folder):
 def place_of(package, monkeypatch):
     "What `home` answers for a package that lies there."
     monkeypatch.setattr(minikl, "__file__", str(package / "__init__.py"))
-    return data.home()
+    return corpora.home()
 
 
 def test_home_is_the_folder_data_of_the_project(monkeypatch):
     monkeypatch.delenv("MINIKL_HOME", raising=False)
-    assert data.home() == ROOT / "data"
+    assert corpora.home() == ROOT / "data"
 
 
 def test_home_of_an_installed_package_is_the_cache_of_the_user(tmp_path, monkeypatch):
@@ -91,7 +93,7 @@ def test_home_of_an_installed_package_is_the_cache_of_the_user(tmp_path, monkeyp
 def test_home_can_be_chosen(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MINIKL_HOME", "here")
-    assert data.home() == tmp_path / "here"
+    assert corpora.home() == tmp_path / "here"
 
 
 def test_import_creates_nothing_and_the_toy_corpus_is_built_at_home(tmp_path):
@@ -102,8 +104,8 @@ def test_import_creates_nothing_and_the_toy_corpus_is_built_at_home(tmp_path):
         "PYTHONPATH": str(package.parent),
     }
     code = (
-        "import minikl.data as data; print(data.DATA.exists(), data.__file__); "
-        "print(data.build_toy())"
+        "from minikl import corpora; print(corpora.DATA.exists(), corpora.__file__); "
+        "print(corpora.build_toy())"
     )
     done = subprocess.run(
         [sys.executable, "-B", "-c", code],
@@ -114,7 +116,7 @@ def test_import_creates_nothing_and_the_toy_corpus_is_built_at_home(tmp_path):
         check=True,
     )
     before, toy = done.stdout.splitlines()
-    assert before == f"False {package / 'data.py'}"
+    assert before == f"False {package / 'corpora.py'}"
     assert Path(toy) == tmp_path / "home" / "toy.jsonl"
     assert Path(toy).read_bytes() == (ROOT / "data" / "toy.jsonl").read_bytes()
 
@@ -136,7 +138,7 @@ def test_another_code_gives_another_fingerprint(tmp_path, monkeypatch):
     corpus = jsonl(tmp_path / "a.jsonl", "ab")
     package = copied_package(tmp_path)
     names = set()
-    for name in (None, "tokenizer.py", "data.py"):
+    for name in (None, "bpe.py", "tokenizer.py", "jsonl.py", "data.py"):
         if name:
             with open(package / name, "a", encoding="utf-8") as file:
                 file.write("# edited\n")
@@ -144,7 +146,7 @@ def test_another_code_gives_another_fingerprint(tmp_path, monkeypatch):
         data.hash_of_code.cache_clear()
         names.add(fingerprint(corpus, 1))
     data.hash_of_code.cache_clear()
-    assert len(names) == 3
+    assert len(names) == 5
 
 
 def test_the_old_fingerprint_is_still_known(tmp_path):
@@ -239,7 +241,7 @@ def npm(tmp_path, monkeypatch):
     for name in ("sh", "printf"):
         (programs / name).symlink_to(shutil.which(name))
     monkeypatch.setenv("PATH", str(programs))
-    monkeypatch.setattr(data, "find_spec", {}.get)
+    monkeypatch.setattr(corpora, "find_spec", {}.get)
 
     def install(script):
         path = programs / "npm"
@@ -292,7 +294,7 @@ def test_npm_is_asked_to_say_what_went_wrong(npm, tmp_path):
 def test_a_full_disk_is_no_missing_network(npm, script, free, tmp_path, monkeypatch):
     npm(script)
     usage = SimpleNamespace(free=free)
-    monkeypatch.setattr(data.shutil, "disk_usage", lambda folder: usage)
+    monkeypatch.setattr(corpora.shutil, "disk_usage", lambda folder: usage)
     with pytest.raises(OSError) as caught:
         fetch_poetry(tmp_path / "built")
     assert not isinstance(caught.value, CannotFetch)
@@ -484,7 +486,7 @@ def test_what_is_no_damage_keeps_its_traceback(tmp_path, monkeypatch):
             yield
 
     corpus = jsonl(tmp_path / "a.jsonl", "a")
-    monkeypatch.setattr(data, "open", lambda *_: Broken(), raising=False)
+    monkeypatch.setattr(minikl.jsonl, "open", lambda *_: Broken(), raising=False)
     with pytest.raises(MemoryError):
         list(read_jsonl(corpus))
 
@@ -531,7 +533,8 @@ def test_every_seed_has_an_order():
 def test_the_locale_does_not_matter(tmp_path):
     code = (
         "import sys; from pathlib import Path\n"
-        "from minikl.data import *; from minikl.tokenizer import Tokenizer\n"
+        "from minikl.corpora import build_corpus; from minikl.data import *\n"
+        "from minikl.jsonl import read_jsonl; from minikl.tokenizer import Tokenizer\n"
         "folder = Path(sys.argv[1])\n"
         "record = {'content': chr(0x4e00) * 3}\n"
         "corpus = build_corpus(folder, ['c.jsonl'], [('c.jsonl', record)])\n"

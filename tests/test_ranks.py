@@ -7,7 +7,7 @@ TINY = [
 ]
 PATCHED = """
 import os, sys, time
-from minikl import files, model, train
+from minikl import files, learner, model, train, trainer
 {code}
 train.main(sys.argv[1:])
 """
@@ -25,23 +25,23 @@ def patched(tmp_path, torchrun):
 
 
 FAILS = """
-step = train.Run.step
+step = learner.Learner.step
 
-def fails(self, number, progress):
+def fails(self, documents, number, done):
     if number == 3 and self.ranks.rank == 1:
         {}
-    return step(self, number, progress)
+    return step(self, documents, number, done)
 
-train.Run.step = fails
+learner.Learner.step = fails
 """
 SLOW = """
-write = train.write_checkpoint
+write = trainer.write_checkpoint
 
 def slow(*arguments):
     time.sleep(2.5)
     write(*arguments)
 
-train.write_checkpoint = slow
+trainer.write_checkpoint = slow
 """
 ONLY_META = """
 import torch

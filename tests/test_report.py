@@ -13,7 +13,8 @@ import pytest
 
 from minikl import files, report
 from minikl.files import UserError
-from minikl.report import FEWEST, diagnose, main, read_run, symptoms_of, write_report
+from minikl.recorded import read_run
+from minikl.report import FEWEST, diagnose, main, symptoms_of, write_report
 
 
 def line(i, **changes):

@@ -1,7 +1,6 @@
 """The scripts as people call them: from a shell, with whatever they have.
 
-Lesson 08b itself runs the scripts in every way, interrupts them and makes the usual
-mistakes; here is what no lesson needs. `script` calls a script without a process, `two`
+`script` calls a script without a process, `two`
 trains with two processes, `python` and `torchrun` are what a shell would start.
 """
 import json
@@ -20,6 +19,7 @@ from small_runs import RESULTS, losses
 
 from minikl import generate, train
 from minikl.model import MiniKL, MiniKLConfig
+from minikl.trainer import Run
 
 TINY = [
     "--d_model=32", "--num_heads=2", "--num_kv_heads=1", "--num_layers=1",
@@ -119,7 +119,7 @@ def test_compiled_blocks_learn_the_same(
     "Traced and differentiated by the compiler; with inductor, C++ is compiled too."
     compiler(backend)
     if backend != "inductor":   # sample texts take as long to trace as training
-        monkeypatch.setattr(train.Run, "texts", lambda run: [])
+        monkeypatch.setattr(Run, "write_texts", lambda run: [])
     common = [*TOY, "--max_steps=4", "--log_every=1", "--eval_documents=8"]
     script(train.main, *common, f"--out_dir={tmp_path}/plain")
     done = script(train.main, *common, "--compile", f"--out_dir={tmp_path}/compiled")

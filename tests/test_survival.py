@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 from small_runs import Killed, everything, kill_after, result, well
 
-from minikl import train, training
+from minikl import checkpoint, resume, trainer
+from minikl.files import write_atomically
+from minikl.learner import Learner
 
 pytestmark = pytest.mark.usefixtures("home")
 STEPS = ["--max_steps=8", "--save_every=2", "--log_every=3", "--eval_every=3"]
@@ -47,31 +49,32 @@ def test_killed_runs_come_back_exact(seed, run, tmp_path, monkeypatch):
 
 
 def forgets_the_optimizers(monkeypatch):
-    monkeypatch.setattr(training, "read_memory", lambda *arguments: {})
+    monkeypatch.setattr(checkpoint, "read_memory", lambda *arguments: {})
 
 
 def change_what_is_resumed(monkeypatch, change):
-    "Have `change(run, lines)` spoil a run after it has read its checkpoint."
-    begin = train.Run.begin
+    "Have `change(run)` spoil a run after it has read its checkpoint."
+    begin = trainer.begin
 
-    def changed(self):
-        lines = begin(self)
-        change(self, lines)
-        return lines
+    def changed(run):
+        is_left = begin(run)
+        change(run)
+        return is_left
 
-    monkeypatch.setattr(train.Run, "begin", changed)
+    monkeypatch.setattr(trainer, "begin", changed)
 
 
 def skips_a_step(monkeypatch):
-    def skip(run, lines):
-        run.at["step"] += bool(lines)
+    def skip(run):
+        run.progress.step += bool(run.lines)
 
     change_what_is_resumed(monkeypatch, skip)
 
 
 def forgets_half_a_line(monkeypatch):
-    def forget(run, lines):
-        run.at.update(nats=0, targets=0)
+    def forget(run):
+        run.progress.nats = 0
+        run.progress.targets = 0
 
     change_what_is_resumed(monkeypatch, forget)
 
@@ -82,26 +85,26 @@ def writes_in_place_unchecked(monkeypatch):
         for i, (name, data) in enumerate(files.items()):
             if step == 6 and i == 2 and not (place / "state.json").exists():
                 raise Killed
-            training.write_atomically(place / name, data)
+            write_atomically(place / name, data)
 
     def newest(folder):
         return max(Path(folder).glob("step-*"), default=None)
 
-    monkeypatch.setattr(train, "write_checkpoint", write)
-    monkeypatch.setattr(train, "newest_checkpoint", newest)
+    monkeypatch.setattr(trainer, "write_checkpoint", write)
+    monkeypatch.setattr(resume, "newest_checkpoint", newest)
 
 
 def die_once(monkeypatch):
     "Before the fourth step; a run that comes after takes it."
-    take = train.Run.step
+    take = Learner.step
 
-    def dies(self, step, progress):
+    def dies(self, documents, step, done):
         if step == 4:
-            monkeypatch.setattr(train.Run, "step", take)
+            monkeypatch.setattr(Learner, "step", take)
             raise Killed
-        return take(self, step, progress)
+        return take(self, documents, step, done)
 
-    monkeypatch.setattr(train.Run, "step", dies)
+    monkeypatch.setattr(Learner, "step", dies)
 
 
 SABOTAGES = [

@@ -28,8 +28,12 @@ from small_runs import (
     well,
 )
 
-from minikl import data, files, parallel, train, training
-from minikl.model import MiniKL
+from minikl import data, files, parallel, prepare, train, trainer
+from minikl.checkpoint import checksums
+from minikl.corpora import CORPORA, CannotFetch
+from minikl.folder import RunFolder
+from minikl.model import MiniKL, write_weights
+from minikl.step import Precision
 
 pytestmark = pytest.mark.usefixtures("home")
 
@@ -134,13 +138,13 @@ def test_files_of_others_that_come_later_survive_every_run(run, tmp_path):
 
 def finish_or_die(call, monkeypatch, n):   # whether it got to its end
     "Kill a run after `n` operations of its end."
-    finish = train.RunFolder.finish
+    finish = RunFolder.finish
     with monkeypatch.context() as patched:
         def killed(self, results):
             kill_after(patched, n)
             finish(self, results)
 
-        patched.setattr(train.RunFolder, "finish", killed)
+        patched.setattr(RunFolder, "finish", killed)
         with suppress(Killed):
             return call().returncode == 0
     return False
@@ -153,7 +157,7 @@ def test_a_kill_at_any_moment_of_the_end_is_mended_by_resume(
     def plot_nothing(lines, compare, path):
         Path(path).write_bytes(b"")
 
-    monkeypatch.setattr(train, "plot_run", plot_nothing)
+    monkeypatch.setattr(trainer, "plot_run", plot_nothing)
     wider = ["--num_kv_heads=2", "--seed=1"]
     well(run("new", *wider))
     well(run("old"))
@@ -250,7 +254,7 @@ STATES = ["{}", "[]", "null", '{"settings": {"options": 1}}', "x", "[" * 10**5]
 def test_a_checkpoint_that_somebody_else_has_signed(state, run, tmp_path, monkeypatch):
     checkpoint = interrupted_checkpoint(run, tmp_path, monkeypatch)
     (checkpoint / "state.json").write_text(state)
-    (checkpoint / "SHA256SUMS").write_text(training.checksums(checkpoint))
+    (checkpoint / "SHA256SUMS").write_text(checksums(checkpoint))
     one_line(run("out", "--resume"), f"{checkpoint}/state.json: not ")
 
 
@@ -258,8 +262,8 @@ def test_a_checkpoint_that_somebody_else_has_signed(state, run, tmp_path, monkey
 def test_a_checkpoint_with_other_tensors(name, run, tmp_path, monkeypatch):
     checkpoint = interrupted_checkpoint(run, tmp_path, monkeypatch)
     weights = {"0.0.mean": torch.zeros(3)}
-    training.write_weights(weights, checkpoint / f"{name}.safetensors")
-    (checkpoint / "SHA256SUMS").write_text(training.checksums(checkpoint))
+    write_weights(weights, checkpoint / f"{name}.safetensors")
+    (checkpoint / "SHA256SUMS").write_text(checksums(checkpoint))
     one_line(run("out", "--resume"), f"{checkpoint}/{name}.safetensors: ")
 
 
@@ -326,7 +330,7 @@ def test_another_precision_is_announced(run, tmp_path, monkeypatch):
         interrupt_at(patched, 4, signal.SIGTERM)
         run("out")
     bf16 = staticmethod(lambda device: "bf16")
-    monkeypatch.setattr(training.Precision, "best", bf16)
+    monkeypatch.setattr(Precision, "best", bf16)
     assert "dtype=bf16, there fp32" in well(run("out", "--resume"))
 
 
@@ -427,12 +431,12 @@ def test_a_full_disk_is_not_no_network(script, tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device", "poetry.jsonl")
 
     def unreachable():
-        raise data.CannotFetch("no route to host")
+        raise CannotFetch("no route to host")
 
     options = [*TINY, "--max_steps=2", "--vocab_size=300", f"--out_dir={tmp_path}/out"]
-    monkeypatch.setitem(train.CORPORA, "poetry", full)
+    monkeypatch.setitem(CORPORA, "poetry", full)
     one_line(script(train.main, *options), "poetry.jsonl: No space left on device")
-    monkeypatch.setitem(train.CORPORA, "poetry", unreachable)
+    monkeypatch.setitem(CORPORA, "poetry", unreachable)
     said = well(script(train.main, *options))
     assert "no route to host. Training on the toy corpus" in said
 
@@ -442,7 +446,7 @@ def test_a_signal_before_the_first_step(run, monkeypatch):
         def during(*arguments, number=number):
             signal.raise_signal(number)
 
-        monkeypatch.setattr(train, "prepare", during)
+        monkeypatch.setattr(prepare, "prepare", during)
         one_line(run("out"), "finished runs are as they were", code)
 
 
@@ -466,7 +470,7 @@ def test_results_of_a_full_disk_name_the_file_and_come_with_resume(
         def files_that_do_not_fit(self, weights):
             return {"model.safetensors": no_space}
 
-        patched.setattr(train.MiniKL, "files", files_that_do_not_fit)
+        patched.setattr(MiniKL, "files", files_that_do_not_fit)
         path = tmp_path / "out" / "model.safetensors"
         one_line(run("out"), f"{path}: No space left on device")
     well(run("out", "--resume"))

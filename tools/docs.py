@@ -19,7 +19,7 @@ from nbdev import doclinks, quarto
 from nbdev.config import get_config
 from nbdev.serve import proc_nbs
 
-from minikl.data import npm_pack
+from minikl.corpora import npm_pack
 
 KATEX = "0.16.11"
 KATEX_FILES = (
@@ -53,15 +53,16 @@ def rename_pages(
 
     Links inside the site become relative.
     """
-    notebooks = sorted(folder.glob("*.ipynb"))
+    notebooks = sorted(folder.rglob("*.ipynb"))
     names = {path.name: page_name(path) for path in notebooks}
     for path in [*notebooks, folder / "sidebar.yml"]:
-        text = path.read_text(encoding="utf-8").replace(f"{base}/", "")
+        depth = len(path.relative_to(folder).parts) - 1
+        text = path.read_text(encoding="utf-8").replace(f"{base}/", "../" * depth)
         for old, new in names.items():
             text = text.replace(old, new)
         text = re.sub(r"output-file: [^\\\n]*\\n", "", text)   # said by the new name
         path.unlink()
-        renamed = folder / names.get(path.name, path.name)
+        renamed = path.with_name(names.get(path.name, path.name))
         renamed.write_text(text, encoding="utf-8")
 
 

@@ -44,7 +44,9 @@ def main():
     os.environ.setdefault("TQDM_DISABLE", "1")
     os.environ.setdefault("PYTHONWARNINGS", "ignore:IProgress not found")
     paths = [Path(name).resolve() for name in sys.argv[1:]]
-    for path in paths or sorted((ROOT / "nbs").glob("*.ipynb")):
+    lessons = sorted((ROOT / "nbs").glob("*.ipynb"))
+    pages = sorted((ROOT / "nbs" / "reference").glob("*.ipynb"))
+    for path in paths or [*lessons, *pages]:
         print(path.name, flush=True)
         execute(path)
 
