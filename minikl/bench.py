@@ -235,8 +235,8 @@ COLUMNS = {   # heading: (field of Result, its format)
     "ideal": ("ideal", ".2f"),
 }
 
-def format_table(results):  # {name: Result} → str
-    "One line per arm: milliseconds, MiB, and ratios against padded."
+def format_table(results):
+    "One line of text per arm: milliseconds, MiB, and ratios against padded."
     lines = [" " * 7 + "".join(f"{heading:>9}" for heading in COLUMNS)]
     for name, result in results.items():
         line = f"{name:7}"
@@ -269,8 +269,8 @@ QUICK = Setting(128, 2, 32, (0, 1, 7), (64, 128))
 VOCAB_SIZE = 5000
 
 # %% ../nbs/16_benchmarks.ipynb #c036b
-def describe(options, setting):  # str, for the titles
-    "Print and say where this is measured."
+def describe(options, setting):
+    "Print where this is measured, and return it, for the titles."
     device = pick_device(options.device)
     name = "CPU; nothing here is measured on a GPU"
     if device.type != "cpu":
@@ -280,7 +280,7 @@ def describe(options, setting):  # str, for the titles
     print(f"{where}, median of {options.repeats}")
     return where
 
-def poem_lengths(n_docs, seed=0):  # list of int
+def poem_lengths(n_docs, seed=0):
     "Characters of poems drawn from the corpus, or of toy poems where it is missing."
     path = DATA / "poetry.jsonl"
     if not path.exists():
@@ -291,7 +291,7 @@ def poem_lengths(n_docs, seed=0):  # list of int
     return [lengths[i] for i in drawn]
 
 # %% ../nbs/16_benchmarks.ipynb #c036
-def parse_arguments(argv=None):  # argparse.Namespace
+def parse_arguments(argv=None):
     "The options of the script."
     parser = argparse.ArgumentParser(
         "bench.py",
@@ -322,8 +322,8 @@ def run_one(
     docs = random_docs(lengths, VOCAB_SIZE, options.seed)
     return measure(config, docs, options.repeats, pick_device(options.device))
 
-def print_race(title, lengths, kv_heads, options, setting):  # {name: Result}
-    "Race all layouts, and print the table."
+def print_race(title, lengths, kv_heads, options, setting):
+    "Race all layouts, print the table, and return the results."
     shape = {"d_model": setting.d_model, "num_layers": setting.num_layers}
     results = run_one(lengths, options, num_kv_heads=kv_heads, **shape)
     fastest = max(results, key=lambda name: results[name].speed_up)

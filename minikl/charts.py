@@ -54,6 +54,7 @@ def svg(
 GREY_LINE = "#888888"
 
 def finish_axes(axes, label, scale):
+    "Labels and ticks of a chart over the tokens read."
     axes.set(xlabel="tokens read", ylabel=label, yscale=scale)
     axes.xaxis.set_major_formatter(EngFormatter())
     if scale == "log":
@@ -81,6 +82,7 @@ def draw_baselines(axes, run):
 
 # %% ../nbs/reference/charts.ipynb #r036b
 def draw_loss(axes, runs):
+    "Bits per character: lines, medians and evaluations of each run, and baselines."
     several = len(runs) > 1
     for run, color in zip(runs, cycle(COLORS), strict=False):
         steps = [line["step"] for line in run.training]
@@ -107,6 +109,7 @@ def draw_loss(axes, runs):
 
 # %% ../nbs/reference/charts.ipynb #r036c
 def draw_metric(axes, runs, name, label, scale="linear", limit=None):
+    "A number of the record over the tokens read, and its limit."
     for run, color in zip(runs, cycle(COLORS), strict=False):
         tokens = [line["tokens"] for line in run.training]
         values = [line[name] for line in run.training]
@@ -116,6 +119,7 @@ def draw_metric(axes, runs, name, label, scale="linear", limit=None):
     finish_axes(axes, label, scale)
 
 def draw_ruler(axes, runs):
+    "The last evaluation of each run beside the baselines."
     bars = {}   # name: (bits per character, color)
     for run, color in zip(runs, cycle(COLORS), strict=False):
         if run.evaluations and math.isfinite(bits_of(run.evaluations[-1])):
@@ -194,6 +198,7 @@ td, th { text-align: left; vertical-align: top }
 LAYOUT_COLORS = {"padded": "#D55E00", "packed": "#E69F00", "nested": "#0072B2"}
 
 def draw_lengths(axes, lengths):
+    "The documents of a batch, filled up to the longest."
     longest = max(lengths)
     real = sorted(lengths)
     colors = LAYOUT_COLORS
@@ -206,6 +211,7 @@ def draw_lengths(axes, lengths):
     axes.legend()
 
 def draw_times(axes, results, where):
+    "Seconds of forward pass with loss, and of the backward pass, for each layout."
     for name, result in results.items():
         color = LAYOUT_COLORS[name]
         seconds = result.total_ms / 1000
@@ -218,6 +224,7 @@ def draw_times(axes, results, where):
     axes.set_ylabel("seconds")
 
 def draw_memory(axes, results, where):
+    "Peak memory of a pass for each layout."
     for name, result in results.items():
         bar = axes.bar(name, result.memory_mib, color=LAYOUT_COLORS[name])
         axes.bar_label(bar, [f"{result.memory_mib:,.0f} MiB"])

@@ -22,11 +22,11 @@ from .files import UserError
 # %% ../nbs/reference/recorded.ipynb #r016
 LARGEST_NUMBER = 1e40   # beyond any number of a run; charts of 1e308 cannot be drawn
 
-def is_number(value):  # bool
+def is_number(value):
     "Whether a value that JSON has given is a number one can compute with and draw."
     return type(value) in (int, float) and abs(value) < LARGEST_NUMBER
 
-def is_shallow(value, limit=20):  # bool
+def is_shallow(value, limit=20):
     "Whether lists and objects stand in each other at most `limit` deep."
     level = [value]
     for _ in range(limit):
@@ -57,7 +57,7 @@ def json_object(
         raise UserError(f"{where}: expected a JSON object, found one nested too deeply")
     return value
 
-def read_json_lines(path):  # list of dict
+def read_json_lines(path):
     "The objects in a file, one a line. A last line that a kill cut off is left out."
     if not path.is_file():
         return []
@@ -93,7 +93,8 @@ def check_line(line, names, where):
             raise UserError(f"{where}: {name} is {found}; expected {kind}")
 
 # %% ../nbs/reference/recorded.ipynb #r016c
-def printable(text):  # str that every font and file can take
+def printable(text):
+    "The text, with escapes for what no font and no file can take."
     return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 @dataclass
@@ -107,7 +108,8 @@ class RecordedRun:
     samples: list       # of dict: the lines of samples.jsonl
     findings: dict = field(default_factory=dict)   # what `diagnose` says
 
-    def section(self, name):  # dict, empty where the settings have none of that name
+    def section(self, name):
+        "A part of the settings; empty where they have none of that name."
         found = self.settings.get(name)
         return found if isinstance(found, dict) else {}
 
@@ -149,7 +151,7 @@ def read_settings(
 # %% ../nbs/reference/recorded.ipynb #r016f
 EXPECTED = "expected the --out_dir of a training run"
 
-def checked_lines(path):  # list of dict
+def checked_lines(path):
     "The lines of metrics.jsonl. `UserError` names the line that is damaged."
     metrics = read_json_lines(path)
     training = [line for line in metrics if "loss" in line]
@@ -164,7 +166,7 @@ def checked_lines(path):  # list of dict
             check_line(line, EVALUATION, f"{path}: line {i}")
     return metrics
 
-def checked_samples(path):  # list of dict
+def checked_samples(path):
     "The lines of samples.jsonl. `UserError` names the line that is damaged."
     samples = read_json_lines(path)
     for i, line in enumerate(samples, 1):
@@ -201,10 +203,11 @@ def read_run(
     )
 
 # %% ../nbs/reference/recorded.ipynb #r020
-def stretch_medians(values, n):  # list of n numbers
+def stretch_medians(values, n):
     "Medians of `n` equal stretches of a curve. One line that stands out moves none."
     stretches = numpy.array_split(numpy.array(values, dtype=float), n)
     return [float(median(stretch)) for stretch in stretches]
 
 def bits_of(line):
+    "The held-out bits per character of an evaluation."
     return line["bits_per_char"]

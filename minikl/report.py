@@ -54,7 +54,8 @@ class Symptoms:
     unknown: float = math.nan      # share of the tokens
 
 # %% ../nbs/15_report.ipynb #r023c
-def ratio(a, b):  # float; NaN where it means nothing
+def ratio(a, b):
+    "a / b; NaN where it means nothing."
     return a / b if b else math.nan
 
 def read_losses(symptoms, run):
@@ -90,6 +91,7 @@ def read_evaluations(symptoms, run):
 
 # %% ../nbs/15_report.ipynb #r023f
 def norm_of(line):
+    "The norm of the gradient in a line of training."
     return line["gradient_norm"]
 
 def read_gradients(symptoms, run):
@@ -222,7 +224,8 @@ def diagnose(
     return found
 
 # %% ../nbs/15_report.ipynb #r039
-def shown(value, form):  # str
+def shown(value, form):
+    "A value as text; a dash where there is none."
     return "–" if value is None else format(value, form)
 
 def row(
@@ -245,11 +248,13 @@ def row(
     }
 
 # %% ../nbs/15_report.ipynb #r039b
-def thin(lines, n=8):  # list of at most n of them, first and last included
+def thin(lines, n=8):
+    "At most `n` of the lines, first and last included."
     chosen = {round(j * (len(lines) - 1) / (n - 1)) for j in range(n)}
     return [lines[i] for i in sorted(chosen)]
 
-def charts_of(runs):  # list of SVG drawings
+def charts_of(runs):
+    "The drawings of the page, as SVG."
     clip = runs[0].options.get("clip")
     limit = clip if is_number(clip) and clip > 0 else None
     return [
