@@ -24,8 +24,8 @@ from filelock import FileLock, Timeout
 
 # %% ../nbs/reference/files.ipynb #f021
 def flush(folder):
-    "Have the disk remember which files a folder holds. (Windows lets nobody open one.)"
-    with suppress(PermissionError):
+    "Have the disk remember which files a folder holds."
+    with suppress(PermissionError):  # Windows lets nobody open a folder
         handle = os.open(folder, os.O_RDONLY)
         try:
             os.fsync(handle)
@@ -36,7 +36,7 @@ def write_atomically(
     path,  # file to create or replace
     data,  # bytes, text, or a function that writes the file whose path it is given
 ):
-    "Write a file whole or not at all: to a temporary neighbour, flushed to disk, then renamed."
+    "Write a file whole or not at all: aside, flushed to disk, then renamed."
     path = Path(path)
     temporary = None
     try:
@@ -66,7 +66,7 @@ def write_atomically(
 def building(
     folder,  # where something is to appear
 ):           # a temporary folder inside, gone in the end
-    "A place for what is not finished. Also deletes those that killed programs left behind."
+    "A place for what is not finished. Deletes what killed programs left there, too."
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     for old in folder.glob(".building-*"):
@@ -79,13 +79,18 @@ def building(
 
 @contextmanager
 def signals_wait():
-    "What asks the program to end takes effect at the end."
-    came = []
-    with handled(dict.fromkeys(STOP, lambda number, frame: came.append(number))):
-        yield
-    if came:
-        signal.raise_signal(came[0])
+    "Signals that ask the program to end take effect at the end of the block."
+    numbers = []
 
+    def wait(number, frame):
+        numbers.append(number)
+
+    with handled(dict.fromkeys(STOP, wait)):
+        yield
+    if numbers:
+        signal.raise_signal(numbers[0])
+
+# %% ../nbs/reference/files.ipynb #f027
 def write_aside(
     folder,  # to be filled; for files that are to appear in `place`
     files,   # {name: data as for `write_atomically`}
@@ -99,8 +104,12 @@ def write_aside(
             error.filename = str(Path(place) / name)
             raise
 
-def rename_together(source, folder, names):
-    "Rename files from one folder to another in the order of `names`, those that are there."
+def rename_together(
+    source,  # folder
+    folder,  # where the files are to appear
+    names,   # of files, in the order in which they are renamed
+):
+    "Rename files from one folder to another, those that are there."
     for name in names:
         if (Path(source) / name).exists():
             try:
@@ -122,7 +131,7 @@ def write_together(
 
 # %% ../nbs/reference/files.ipynb #f025
 def file_sha256(path):  # 64 hex digits
-    "Hash of a file, read block by block."
+    "Hash of a file, read 1 MiB at a time."
     with open(path, "rb") as file:
         total = hashlib.sha256()
         while block := file.read(1 << 20):
@@ -131,9 +140,9 @@ def file_sha256(path):  # 64 hex digits
 
 @contextmanager
 def locked(
-    folder,  # that one program at a time may write to; it is made
+    folder,  # that one program at a time may write to; made if it is not there
 ):
-    "Keep others out of a folder. `UserError` where somebody is in there already."
+    "Keep other programs out of a folder. `UserError` where one is writing already."
     Path(folder).mkdir(parents=True, exist_ok=True)
     lock = FileLock(Path(folder) / ".lock")
     try:
@@ -157,27 +166,30 @@ class Terminated(BaseException):
 
 class OneLineParser(argparse.ArgumentParser):
     "A parser that answers a mistake with one line instead of all its options."
+
     def error(self, message):
         raise UserError(f"{message}; --help lists the options")
 
 # %% ../nbs/reference/files.ipynb #f013
 def claim_first_error():  # bool
-    "Whether no other process of this run has reported an error; from now on one has."
+    "Whether no other process of this run has reported an error; now one has."
     if os.environ.get("WORLD_SIZE", "1") == "1":
         return True
     from torch.distributed import TCPStore
+
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     try:
-        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        address = os.environ["MASTER_ADDR"]
+        port = int(os.environ["MASTER_PORT"])
         store = TCPStore(address, port, is_master=False, timeout=timedelta(seconds=3))
         return store.add(f"minikl/errors/{attempt}", 1) == 1
     except (RuntimeError, KeyError, ValueError):
-        return True   # nobody counts: better said twice than never
+        return True  # nobody counts: better said twice than never
 
 # %% ../nbs/reference/files.ipynb #f014
 STOP = [
     getattr(signal, name)
-    for name in ("SIGINT", "SIGTERM", "SIGHUP")   # Windows has no SIGHUP
+    for name in ("SIGINT", "SIGTERM", "SIGHUP")  # Windows has no SIGHUP
     if hasattr(signal, name)
 ]
 
@@ -185,7 +197,7 @@ STOP = [
 def handled(handlers):  # {signal: the handler it had}
     "Handle signals otherwise for a while. Those that are ignored stay ignored."
     before = {}
-    with suppress(ValueError):   # only the main thread may
+    with suppress(ValueError):  # only the main thread may
         for number, handler in handlers.items():
             if signal.getsignal(number) != signal.SIG_IGN:
                 before[number] = signal.signal(number, handler)
@@ -198,17 +210,17 @@ def handled(handlers):  # {signal: the handler it had}
 def _terminate(number, frame):
     raise Terminated(signal.Signals(number))
 
-def signals_raise():
+def signals_raise():  # context manager
     "Inside, Ctrl-C raises KeyboardInterrupt; what else asks to end raises Terminated."
     handlers = dict.fromkeys(STOP, _terminate)
     handlers[signal.SIGINT] = signal.getsignal(signal.SIGINT)
-    if handlers[signal.SIGINT] == signal.SIG_DFL:   # set by the first lines of a script
+    if handlers[signal.SIGINT] == signal.SIG_DFL:  # set by the first lines of a script
         handlers[signal.SIGINT] = signal.default_int_handler
     return handled(handlers)
 
 # %% ../nbs/reference/files.ipynb #f016
-def _last_words(message):
-    "Say it, unless another process of this run has spoken before."
+def _report(message):
+    "Print it, unless another process of this run has reported an error before."
     if claim_first_error():
         rank = os.environ.get("RANK", "0")
         who = "" if rank == "0" else f"process {rank}: "
@@ -216,34 +228,31 @@ def _last_words(message):
 
 @contextmanager
 def one_line_errors():
-    "Around a script: a mistake ends it with one line and exit code 2, a bug with its traceback."
-    for stream in (sys.stdout, sys.stderr):  # no text whatever may end a program
+    "A mistake ends a script with one line and exit code 2, a bug with its traceback."
+    for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
     try:
         with signals_raise():
             yield
     except UserError as error:
-        _last_words(f"error: {error}")
+        _report(f"error: {error}")
         sys.exit(2)
     except BrokenPipeError:  # `… | head -1` has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
     except OSError as error:
         named = error.filename is not None
-        _last_words(
-            f"error: {f'{error.filename}: {error.strerror}' if named else error}"
-        )
+        text = f"{error.filename}: {error.strerror}" if named else str(error)
+        _report(f"error: {text}")
         sys.exit(2)
     except KeyboardInterrupt:
-        _last_words("interrupted: finished runs are as they were")
+        _report("interrupted: finished runs are as they were")
         sys.exit(130)
     except Terminated as error:
         number = error.args[0]
-        if (
-            "RANK" not in os.environ
-        ):  # else torchrun stops this process because of another
-            _last_words(f"stopped by {number.name}: finished runs are as they were")
+        if "RANK" not in os.environ:  # else torchrun stops it because of another
+            _report(f"stopped by {number.name}: finished runs are as they were")
         sys.exit(128 + number)
     except Exception:
         claim_first_error()  # what the others say from now on is a consequence

@@ -1,5 +1,7 @@
 "The rules of resuming, without a run."
+import errno
 import json
+import os
 from types import SimpleNamespace
 
 import pytest
@@ -91,3 +93,54 @@ def test_fetch_replaces_a_damaged_checkpoint(tmp_path):
     assert (path / "weights").read_text() == "whole"
     assert (path / "large").read_bytes() == large
     assert [found.name for found in (tmp_path / "here").iterdir()] == [path.name]
+
+
+def test_every_name_is_given_after_the_disk_has_the_bytes(tmp_path, monkeypatch):
+    "What a power cut could tear: each file, the folder, and the name of the folder."
+    order = []
+
+    def watched(name, call):
+        def watch(*arguments):
+            order.append(name)
+            return call(*arguments)
+
+        return watch
+
+    monkeypatch.setattr(os, "fsync", watched("fsync", os.fsync))
+    monkeypatch.setattr(os, "replace", watched("name the file", os.replace))
+    monkeypatch.setattr(os, "rename", watched("name the folder", os.rename))
+    checkpoint.write_checkpoint(tmp_path, 1, {"weights": b"..."})
+    file = ["fsync", "name the file"]
+    assert order == [*file, *file, "fsync", "name the folder", "fsync"]
+
+
+def test_a_full_disk_leaves_the_checkpoints_that_were_there(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    for step in (1, 2, 3):
+        checkpoint.write_checkpoint(tmp_path, step, {"weights": bytes([step]) * 1000})
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        checkpoint.write_checkpoint(tmp_path, 4, {"weights": bytes([4]) * 1000})
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "step-00000002",
+        "step-00000003",
+    ]
+    newest = checkpoint.newest_checkpoint(tmp_path)
+    assert (newest / "weights").read_bytes() == bytes([3]) * 1000
+
+
+@pytest.mark.parametrize("name", ["weights", "state.json", "SHA256SUMS"])
+@pytest.mark.parametrize("damage", ["cut", "changed", "empty"])
+def test_damage_is_named_and_passed_over(name, damage, tmp_path, capsys):
+    for step in (2, 3):
+        files = {"weights": bytes([step]) * 1000, "state.json": f"step {step}"}
+        checkpoint.write_checkpoint(tmp_path, step, files)
+    file = tmp_path / "step-00000003" / name
+    data = file.read_bytes()
+    damaged = {"cut": data[:-1], "changed": data[:5] + b"!" + data[6:], "empty": b""}
+    file.write_bytes(damaged[damage])
+    assert checkpoint.newest_checkpoint(tmp_path).name == "step-00000002"
+    said = capsys.readouterr().out
+    assert "step-00000003: damaged" in said and said.count("\n") == 1
