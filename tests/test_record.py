@@ -1,5 +1,6 @@
 "minikl.record: W&B is told what the files are told."
 import json
+import time
 
 import pytest
 
@@ -27,6 +28,8 @@ def messages(data):   # iterator of bytes
             place += left
             continue
         place += HEAD
+        if place + length > len(data):   # it is being written
+            return
         message += data[place:place + length]
         place += length
         if kind in (WHOLE, LAST):
@@ -34,13 +37,22 @@ def messages(data):   # iterator of bytes
             message = b""
 
 
-def history(path):   # {step: {name: value}}
-    "The metrics in a .wandb file, decoded by W&B's own classes."
+def whole_records(path):   # list of Record
+    "What is in a .wandb file, once W&B's own process has written the last record."
     from wandb.proto.wandb_internal_pb2 import Record
 
+    for _ in range(600):
+        records = [Record.FromString(each) for each in messages(path.read_bytes())]
+        if records and records[-1].HasField("exit"):
+            return records
+        time.sleep(0.1)
+    raise TimeoutError(f"{path}: the last record is not there")
+
+
+def history(path):   # {step: {name: value}}
+    "The metrics in a .wandb file, decoded by W&B's own classes."
     found = {}
-    for message in messages(path.read_bytes()):
-        record = Record.FromString(message)
+    for record in whole_records(path):
         if record.HasField("history"):
             values = {}
             for item in record.history.item:
