@@ -10,7 +10,7 @@ import json
 import os
 import re
 import shutil
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path

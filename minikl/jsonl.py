@@ -21,7 +21,7 @@ TEXT_FIELDS = ("content", "text", "paragraphs", "para")
 
 def record_text(
     record,  # one parsed JSON line
-):  # str, without surrounding white space; lists of lines are joined by newlines
+):           # str, without surrounding white space; lists of lines become lines
     "The first text field that is not null, or `UserError`, which says what is wrong."
     if not isinstance(record, dict):
         raise UserError(f"expected a JSON object, found {type(record).__name__}")
@@ -36,22 +36,20 @@ def record_text(
     if isinstance(text, list) and all(isinstance(line, str) for line in text):
         text = "\n".join(text)
     if not isinstance(text, str):
-        raise UserError(
-            f"field {field!r}: expected text or a list of lines, found {type(text).__name__}"
-        )
+        found = f"expected text or a list of lines, found {type(text).__name__}"
+        raise UserError(f"field {field!r}: {found}")
     return text.strip()
 
 # %% ../nbs/10_large_corpora.ipynb #c020
 ZSTD = "compression.zstd" if sys.version_info >= (3, 14) else "backports.zstd"
 
 def needed(module, package, what):
-    "Import a module that not everybody has. `UserError` says in one line what needs it, and how to get it."
+    "Import a module that not everybody has, or `UserError`, which says how to get it."
     try:
         return importlib.import_module(module)
     except ImportError:
-        raise UserError(
-            f"{what}: not possible without the package {package}; pip install {package}"
-        ) from None
+        missing = f"not possible without the package {package}; pip install {package}"
+        raise UserError(f"{what}: {missing}") from None
 
 def regular_file(
     path,  # of a data file; one that is missing is for `open` to complain of
@@ -59,19 +57,18 @@ def regular_file(
     "The path, if it can be read again and again; not a folder, pipe or device."
     path = Path(path)
     if path.is_dir():
-        raise UserError(
-            f"{path}: not a regular file but a folder; name the files in it"
-        )
+        what = "a folder; name the files in it"
+        raise UserError(f"{path}: not a regular file but {what}")
     if path.exists() and not path.is_file():
-        raise UserError(
-            f"{path}: not a regular file; write its text to a file and name that"
-        )
+        fix = "write its text to a file and name that"
+        raise UserError(f"{path}: not a regular file; {fix}")
     return path
 
+# %% ../nbs/10_large_corpora.ipynb #e020
 def numbered_lines(
     path,  # a file of lines; .gz and .zst are decompressed
 ):         # iterator of ("file:number", line as bytes)
-    "The lines of a file. `UserError` names the line at which a compressed file is damaged or breaks off."
+    "The lines of a file. `UserError` names the line where a compressed file breaks."
     suffix = regular_file(path).suffix
     opener = open
     damage = (EOFError, zlib.error, gzip.BadGzipFile)
@@ -93,29 +90,30 @@ def numbered_lines(
 def listed(paths):  # one path or several → list of paths
     return [paths] if isinstance(paths, (str, Path)) else list(paths)
 
+# %% ../nbs/10_large_corpora.ipynb #e022
 def read_jsonl(
-    paths,  # one path or several: .jsonl, .jsonl.gz or .jsonl.zst
+    paths,                # one path or several: .jsonl, .jsonl.gz or .jsonl.zst
     on_bad_line="error",  # or "skip"
-    report=None,  # function of ("bad" or "empty", "file:line: reason"), told of each record that is passed over
-):  # iterator of str, none of them empty
-    "Stream the texts of JSONL files, one line in memory at a time. `UserError` names the file and the line."
+    report=None,          # function of ("bad" or "empty", "file:line: reason")
+):                        # iterator of str, none of them empty
+    "The texts of JSONL files, line by line. `UserError` names the file and the line."
     files = [regular_file(path) for path in listed(paths)]  # all, before any is read
     for where, line in chain.from_iterable(map(numbered_lines, files)):
         if not line.strip():
             continue
-        kind, why = "empty", "no text"
         try:
             text = record_text(json.loads(line))
+            passed_over = "empty", "no text"
         except (ValueError, RecursionError) as error:
-            why = (
-                f"not JSON: {error.msg} at column {error.colno}"
-                if isinstance(error, json.JSONDecodeError)
-                else error
-            )
+            why = error
+            if isinstance(error, json.JSONDecodeError):
+                why = f"not JSON: {error.msg} at column {error.colno}"
             if on_bad_line != "skip":
                 raise UserError(f"{where}: {why}") from None
-            kind, text = "bad", ""
+            text = ""
+            passed_over = "bad", why
         if text:
             yield text
         elif report:
+            kind, why = passed_over
             report(kind, f"{where}: {why}")
