@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['RECIPE', 'DataOptions', 'LearningOptions', 'RunOptions', 'MachineOptions', 'recipe', 'Options', 'boolean',
-           'add_option', 'parse_options', 'check_value', 'check']
+           'add_option', 'title_of', 'parse_options', 'check_value', 'check']
 
 # %% ../nbs/reference/options.ipynb #h002
 import argparse
@@ -235,6 +235,9 @@ def add_option(
         settings.update(type=str, nargs="+", action="extend", default=[])
     section.add_argument(f"--{name}", **settings)
 
+def title_of(group):  # the first sentence of a dataclass's docstring
+    return group.type.__doc__.split(".")[0]
+
 def parse_options(
     argv=None,  # list of str; None: the command line
 ):              # Options
@@ -247,7 +250,7 @@ def parse_options(
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     for group in fields(Options):
-        section = parser.add_argument_group(group.type.__doc__.rstrip("."))
+        section = parser.add_argument_group(title_of(group))
         for entry in fields(group.type):
             default = RECIPE.get(entry.name, entry.default)
             add_option(section, entry.name, default, entry.metadata)
