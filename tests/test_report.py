@@ -7,13 +7,14 @@ import shutil
 import signal
 import subprocess
 import sys
+from html.parser import HTMLParser
 
 import pytest
 
 from minikl import files, report
 from minikl.files import UserError
 from minikl.recorded import read_run
-from minikl.report import FEWEST, diagnose, facts, main, write_report
+from minikl.report import FEWEST, diagnose, main, symptoms_of, write_report
 
 
 def line(i, **changes):
@@ -229,6 +230,43 @@ def test_surrogates_in_texts_and_names(tmp_path, capsys):
     assert "\\ud83d" in page and "\\udcff" in page and "<b>" not in page
 
 
+class Page(HTMLParser):
+    "The tags, addresses and words of a page."
+    def __init__(self, page):
+        super().__init__()
+        self.tags = set()
+        self.addresses = []
+        self.words = []
+        self.feed(page)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.add(tag)
+        for name, value in attributes:
+            is_address = name in ("src", "href", "xlink:href")
+            if is_address and not value.startswith("#"):
+                self.addresses.append(value)
+
+    def handle_data(self, data):
+        self.words.append(data)
+
+
+def test_text_by_strangers_stays_text(tmp_path):
+    "A name, data and texts as nasty as they come. The same run has the same page."
+    said = {"prompt": "</td><img src=x>", "text": "<script>'二'</script>"}
+    settings = {**SETTINGS, "data": ["<script src=http://evil>"]}
+    name = "<script>alert(1)<&script> $x$"
+    nasty = write(tmp_path / name, samples=[{"step": 20, **said}], settings=settings)
+    good = write(tmp_path / "good")
+    path, _ = write_report([nasty, good])
+    text = path.read_text(encoding="utf-8")
+    page = Page(text)
+    assert not page.tags & {"script", "img", "link", "iframe"}
+    assert page.addresses == []
+    assert "</td><img src=x><script>'二'</script>" in "".join(page.words)
+    assert '<html lang="en">' in text and 'charset="utf-8"' in text
+    assert write_report([nasty, good])[0].read_text(encoding="utf-8") == text
+
+
 @pytest.mark.parametrize("name", ["", "nowhere", "file", "nul\0", "\ud83d", "x" * 5000])
 def test_no_folder_is_one_line(tmp_path, monkeypatch, capsys, name):
     monkeypatch.chdir(tmp_path)
@@ -311,7 +349,7 @@ def test_last_step_is_that_of_the_last_line(tmp_path):
     metrics = [line(i) for i in range(1, 21)]
     metrics.insert(10, evaluation(10))
     out = write(tmp_path / "out", metrics, running=True)
-    assert facts(read_run(out)).last_step == 20
+    assert symptoms_of(read_run(out)).last_step == 20
     assert "step 20;" in diagnose(read_run(out))["unfinished"][0]
 
 

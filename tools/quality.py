@@ -30,24 +30,26 @@ from torch.nn import functional as F
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+import minikl.learner
 import minikl.train
+from minikl.corpora import DATA, build_poetry
 from minikl.data import (
-    DATA,
     Documents,
     TokenFile,
-    build_poetry,
     build_tokens,
     encode_documents,
     hash_fraction,
-    read_jsonl,
 )
 from minikl.files import write_atomically
+from minikl.jsonl import read_jsonl
+from minikl.layouts import Nested
 from minikl.model import MiniKL
-from minikl.nested import Nested
+from minikl.options import parse_options
 from minikl.parallel import Ranks, evaluate
-from minikl.report import json_lines
+from minikl.recorded import read_json_lines
+from minikl.step import Precision, make_optimizers, schedule
 from minikl.tokenizer import BYTE_TOKENS, SPECIAL_TOKENS, Tokenizer
-from minikl.training import Precision, make_optimizers, schedule
+from minikl.trainer import Run
 
 OUT = ROOT / "out" / "quality"
 MEASURED = ROOT / "nbs" / "measured" / "quality.json"
@@ -213,7 +215,7 @@ def patched(
         return made
 
     with patch.multiple(
-        minikl.train,
+        minikl.learner,
         MiniKL=extra["model"],
         schedule=partial(schedule, final=extra["final"]),
         make_optimizers=optimizers,
@@ -224,23 +226,27 @@ def patched(
 # ---- speed
 
 
-def begin_run(name, folder):   # minikl.train.Run
+def begin_run(name, folder):   # Run
     "A run of an arm, after a first step: it has its memory and its optimizer's state."
     with patched(ARMS[name]) as arguments:
-        parsed = minikl.train.parse_options(
+        options = parse_options(
             [*arguments, "--max_steps=1000", f"--out_dir={folder}"]
         )
-        run = minikl.train.Run(*parsed, Ranks(1))
-    run.step(0, 0.01)
+        run = Run(options, Ranks(1))
+    take_step(run, 0, 0.01)
     return run
+
+
+def take_step(run, step, done):   # StepResult
+    return run.learner.step(run.data.documents, step, done)
 
 
 def seconds_of_a_step(run, turn):   # of processor time
     "128 documents for every arm; the same poems in the same turn."
-    n_steps = 128 // run.options.batch_size
+    n_steps = 128 // run.options.learning.batch_size
     start = time.process_time()
     for step in range(turn * n_steps, (turn + 1) * n_steps):
-        run.step(step, 0.01)
+        take_step(run, step, 0.01)
     return (time.process_time() - start) / n_steps
 
 
@@ -346,7 +352,7 @@ def surprise(model, tokenizer, text):   # [[token, bits]]
 
 
 def lines_with(key, folder):   # list of lines of metrics.jsonl
-    return [line for line in json_lines(folder / "metrics.jsonl") if key in line]
+    return [line for line in read_json_lines(folder / "metrics.jsonl") if key in line]
 
 
 def summary(folder):
@@ -384,7 +390,7 @@ def documents_between(low, high, file, max_seq_len):   # Documents
     return Documents(file, chosen.nonzero().flatten(), max_seq_len)
 
 
-def facts_of_the_default(folder):
+def about_the_default(folder):
     "How much one unseen poem surprises the default model; bits on seen poems."
     run = json.loads((folder / "run.json").read_text())
     tokenizer = Tokenizer.load(folder / "vocab_dict.json")
@@ -409,38 +415,38 @@ def facts_of_the_default(folder):
     }
 
 
-def store(**parts):
-    """Put parts into the file of measurements.
+def store(**measurements):
+    """Put measurements into their file.
 
     Each is one line of JSON, so that a diff shows what changed.
     """
     known = json.loads(MEASURED.read_text()) if MEASURED.exists() else {}
     lines = [
         f"{json.dumps(name)}: {json.dumps(value, ensure_ascii=False)}"
-        for name, value in sorted((known | parts).items())
+        for name, value in sorted((known | measurements).items())
     ]
     write_atomically(MEASURED, "{\n" + ",\n".join(lines) + "\n}\n")
 
 
 def collect(options):
-    "Gather the finished runs, the losses of three seeds, and facts of the default run."
+    "Gather finished runs, the losses of three seeds, and what the default run knows."
     runs = {}
     for path in sorted(OUT.glob("* min/*/run.json")):
         folder = path.parent
         runs.setdefault(folder.parent.name, {})[folder.name] = summary(folder)
-    parts = {"speed": {name: round(n, 4) for name, n in read_speed().items()}}
+    measurements = {"speed": {name: round(n, 4) for name, n in read_speed().items()}}
     for minutes, found in runs.items():
-        parts[f"runs, {minutes}"] = found
+        measurements[f"runs, {minutes}"] = found
     for minutes, found in runs.items():   # the longest run of three seeds comes last
         if found.keys() >= set(SEEDS):
-            parts["band"] = band(minutes)
+            measurements["band"] = band(minutes)
     default = OUT / "3 min" / "default"
     if (default / "run.json").exists():
-        parts |= facts_of_the_default(default)
-    store(**parts)
+        measurements |= about_the_default(default)
+    store(**measurements)
     told = [
-        f"{name} {list(part) if name.startswith('runs') else ''}"
-        for name, part in parts.items()
+        f"{name} {list(value) if name.startswith('runs') else ''}"
+        for name, value in measurements.items()
     ]
     print(f"{MEASURED.relative_to(ROOT)}: " + ", ".join(told))
 

@@ -125,8 +125,8 @@ def training_arms(
     from torch.nn.utils.rnn import pad_sequence
 
     from minikl.bench import check_equal
-    from minikl.nested import Nested
-    from minikl.train import compile_blocks
+    from minikl.layouts import Nested
+    from minikl.learner import compile_blocks
     n_targets = sum(len(doc) - 1 for doc in docs)
     ids = pad_sequence(docs, batch_first=True, padding_value=0)
     labels = pad_sequence(docs, batch_first=True, padding_value=-100)
@@ -404,9 +404,10 @@ def encoding_race(texts, ours, from_bytes, n_mb, options):
 def tokenizer(options):
     """Training and encoding of the poetry corpus, from characters.
 
+    Against tokenizers and, where they are installed, rustbpe and tiktoken.
+    """
     from minikl.corpora import build_poetry, build_toy
     from minikl.jsonl import read_jsonl
-    from minikl.tokenizer import SPLIT, Tokenizer
     texts = list(read_jsonl(build_toy() if options.quick else build_poetry()))
     vocab_size = 1000 if options.quick else 12_000
     alphabet = sorted(set("".join(texts)))
