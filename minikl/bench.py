@@ -36,8 +36,8 @@ from minikl.corpora import DATA
 from minikl.files import UserError, one_line_errors
 from minikl.jsonl import read_jsonl
 from minikl.layouts import LAYOUTS
-from minikl.model import MiniKL, MiniKLConfig, pick_device
-from minikl.step import make_optimizers
+from minikl.model import MiniKL, MiniKLConfig
+from minikl.step import make_optimizers, pick_device
 
 # %% ../nbs/16_benchmarks.ipynb #c006
 def zipf_lengths(
