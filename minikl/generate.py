@@ -83,8 +83,7 @@ class KVCache:
         if min(self.lengths) < max(self.lengths):
             slots = torch.arange(end, device=ids.device)
             self.mask = (slots <= positions[..., None])[:, None]
-        counts = lengths or [seq] * batch
-        pairs = zip(self.lengths, counts, strict=True)
+        pairs = zip(self.lengths, lengths or [seq] * batch, strict=True)
         self.lengths = [n_old + n_new for n_old, n_new in pairs]
         self.slots = (torch.arange(batch, device=ids.device)[:, None], positions)
         self.end = end
@@ -95,10 +94,11 @@ class KVCache:
         "Called once per layer, in order: store new keys and values, look at all."
         keys = self.k[self.layer]
         values = self.v[self.layer]
-        self.layer += 1
         keys[self.slots] = k
         values[self.slots] = v
-        return causal_attention(q, keys[:, : self.end], values[:, : self.end], self.mask)
+        self.layer += 1
+        keys, values = keys[:, : self.end], values[:, : self.end]
+        return causal_attention(q, keys, values, self.mask)
 
     def keep(self, rows):
         "Forget all rows but these (a list of int): the other texts are finished."
