@@ -144,7 +144,7 @@ class Run:
         self.started = time.perf_counter() - self.progress.elapsed
         stopped = False
         while self.done() < 1 and not stopped:
-            stopped = self.take_step(len(signals))
+            stopped = self.take_step(signals)
             if self.is_due(run.log_every) or self.done() >= 1:
                 self.record_training()
             if self.is_due(run.eval_every) and self.done() < 1:
@@ -167,15 +167,15 @@ class Run:
 
     def take_step(
         self,
-        n_signals,  # that this process has got
-    ):              # whether any process has got one
+        signals,  # that this process has got so far
+    ):            # whether any process has got one
         "One step. All processes learn what it has cost, and who was told to stop."
         try:
             result = self.learner.step(
                 self.data.documents, self.progress.step, self.done()
             )
             nats, seconds, n_signals, n_padding = self.ranks.sum(
-                result.nats, self.clock(), n_signals, result.n_padding
+                result.nats, self.clock(), len(signals), result.n_padding
             )
             if not math.isfinite(nats):
                 loss = nats / result.n_targets

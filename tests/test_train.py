@@ -420,7 +420,7 @@ def test_a_bug_keeps_its_traceback(run, monkeypatch):
     def broken(*arguments):
         raise ValueError("a bug")
 
-    monkeypatch.setattr(train, "find_data", broken)
+    monkeypatch.setattr(prepare, "find_data", broken)
     with pytest.raises(ValueError, match="a bug"):
         run("out")
 
