@@ -67,7 +67,7 @@ class RunFolder:
         return self.running.exists()
 
     def adopt(self):
-        "Take over the unfinished run of version 0.1.0."
+        "Take over an unfinished run from before there was a folder `running`."
         if self.running.exists() or not (self.path / "metrics.jsonl.running").exists():
             return
         self.running.mkdir()

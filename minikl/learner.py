@@ -59,6 +59,7 @@ def check_memory(
     n_weights = count_by_formula(config)
     n_copies = 1 if ranks.device.type != "cpu" else ranks.local_world
     n_parts = ranks.world if is_sharded else 1
+    # a weight, its gradient and one running mean: 4 bytes each
     needed = 12 * n_weights * n_copies / n_parts
     there = memory_of(ranks.device)
     if needed > there:
@@ -126,7 +127,7 @@ class Learner:
             for group in optimizer.param_groups:
                 group["lr"] = factor * group["peak_lr"]
 
-    def rate(self):  # of the last group of the last optimizer
+    def rate(self):  # of the first group of the last optimizer
         return self.optimizers[-1].param_groups[0]["lr"]
 
     def batches(
@@ -140,6 +141,7 @@ class Learner:
         drawn = documents.draw(step, self.learning.batch_size, self.learning.seed)
         docs = [documents[i] for i in drawn if documents.is_local(i)]
         n_missing = len(peers) * n_parts - len(docs)
+        # a document of one token has no target
         docs += [torch.zeros(1, dtype=torch.long)] * n_missing
         mine = micro_batches(docs, peers.index(self.ranks.rank), len(peers), n_parts)
         batches = [self.layout(part).to(self.ranks.device) for part in mine]

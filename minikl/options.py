@@ -145,7 +145,7 @@ class RunOptions:
 # %% ../nbs/reference/options.ipynb #c053
 @dataclass
 class MachineOptions:
-    "Where it is computed. The result is the same, but for rounding."
+    "Where and how it is computed."
 
     device: str = option(
         "auto",
@@ -241,7 +241,7 @@ def title_of(group):  # the first sentence of a dataclass's docstring
 def parse_options(
     argv=None,  # list of str; None: the command line
 ):              # Options
-    "Read the command line. A mistake ends the program with one line, which names it."
+    "Read the command line. `UserError` says in one line what is wrong with it."
     parser = OneLineParser(
         "train.py",
         description="Train MiniKL, by python or by torchrun.",

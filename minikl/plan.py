@@ -94,6 +94,7 @@ def thinned(documents, every):  # Documents
     few = copy(documents)
     few.starts = documents.starts[::every]
     few.ends = documents.ends[::every]
+    few.lengths = documents.lengths[::every]
     return few
 
 def measure_costs(
@@ -101,14 +102,17 @@ def measure_costs(
     seconds=3,  # of steps that are timed
 ):              # Costs
     "Do a little of all that a run does."
-    learner, ranks = run.learner, run.ranks
-    documents, held_out = run.data.documents, run.data.held_out
+    learner = run.learner
+    ranks = run.ranks
+    documents = run.data.documents
+    held_out = run.data.held_out
     learning = run.options.learning
 
-    def seconds_of(work, *arguments):  # the same on every process
+    def timed(work, *arguments):  # (seconds, the same on every process; the result)
         start = time.perf_counter()
-        work(*arguments)
-        return ranks.sum(time.perf_counter() - start)[0] / ranks.world
+        result = work(*arguments)
+        seconds = ranks.sum(time.perf_counter() - start)[0] / ranks.world
+        return seconds, result
 
     order = shuffled(len(documents), learning.seed, 0)
     lengths = documents.lengths[order].split(learning.batch_size)
@@ -121,17 +125,18 @@ def measure_costs(
     n_steps = 0
     while taken < seconds or n_steps < 4:
         step = int(len(lengths) * (n_steps * 0.618 % 1))  # evenly spread
-        taken += seconds_of(learner.step, documents, step, 0.5)
-        n_targets += int((lengths[step] - 1).sum())
+        step_s, result = timed(learner.step, documents, step, 0.5)
+        taken += step_s
+        n_targets += result.n_targets
         n_steps += 1
     mean_targets = learning.batch_size * documents.n_targets() / len(documents)
     every = math.ceil(len(held_out) / (4 * learning.batch_size))
     few = thinned(held_out, every)
     with tempfile.TemporaryDirectory() as folder:
         run.folder.checkpoints = Path(folder)
-        evaluation = every * seconds_of(learner.bits_per_char, few)
-        texts = seconds_of(run.write_texts)
-        checkpoint = seconds_of(run.save)
+        evaluation = every * timed(learner.bits_per_char, few)[0]
+        texts = timed(run.write_texts)[0]
+        checkpoint = timed(run.save)[0]
     peak = process_peak_mib(ranks.device)
     activations = [activation_bytes(learner, documents, step) for step in heavy]
     return Costs(
@@ -152,7 +157,8 @@ def plan(
 ):
     "Say what a run needs in memory, tokens, steps and time."
     costs = measure_costs(run)
-    options, documents = run.options, run.data.documents
+    options = run.options
+    documents = run.data.documents
     seconds = (
         costs.step
         + per_step(options.run.eval_every) * (costs.evaluation + costs.texts)

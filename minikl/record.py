@@ -12,7 +12,7 @@ import math
 import os
 import sys
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from tqdm import tqdm
@@ -193,20 +193,23 @@ class Progress:
             "padding": self.padding / self.positions,
         }
         self.seconds = seconds
-        self.nats, self.targets, self.norm = 0.0, 0, 0.0
-        self.padding, self.positions = 0.0, 0.0
+        self.nats = 0.0
+        self.targets = 0
+        self.norm = 0.0
+        self.padding = 0.0
+        self.positions = 0.0
         return numbers
 
-    def as_dict(self):  # {name: number}, as checkpoints have it since version 0.1.0
+    def as_dict(self):  # {name: number}, by the names that checkpoints have always had
         numbers = asdict(self)
         numbers["spare"] = numbers.pop("padding")
         return numbers
 
     @classmethod
     def from_dict(cls, numbers):
-        known = dict(numbers)
-        known["padding"] = known.pop("spare")
-        return cls(**known)
+        names = {entry.name for entry in fields(cls)}
+        known = {name: numbers[name] for name in names & numbers.keys()}
+        return cls(**known, padding=numbers["spare"])
 
 # %% ../nbs/reference/record.ipynb #t0321
 def to_json_lines(lines):  # text

@@ -42,20 +42,23 @@ def how_it_differs(
 def find_checkpoint(
     run,           # Run
     is_under_way,  # whether a run has begun in this folder and not ended
-):                 # (path on this host, rank of a host that has it), or None
+):                 # (path on this host, rank of a host that has it, whether it is of
+                   # a finished run), or None
     "The newest checkpoint of the run under way; or else of a finished run."
     found = newest_on_any_host(run.ranks, run.folder.checkpoints)
     if found:
-        return found
+        return *found, False
     found = newest_on_any_host(run.ranks, run.folder.finished)
-    if found and is_under_way:  # it has saved nothing: was it going to extend this one?
-        path, owner = found
+    if found is None:
+        return None
+    path, owner = found
+    if is_under_way:  # it has saved nothing: was it going to extend this one?
         is_another = False
         if run.ranks.rank == owner:
             is_another = bool(another_run(how_it_differs(run, path)))
         if any(run.ranks.all(is_another)):
             return None
-    return found
+    return path, owner, True
 
 # %% ../nbs/reference/resume.ipynb #s003
 def what_changed(
@@ -78,12 +81,13 @@ def read_checkpoint(
 ):
     "Bring a run into the state of a checkpoint."
     learner = run.learner
-    facts = unpack(path, learner.model, learner.optimizers)
-    run.progress = Progress.from_dict(facts["at"])
-    run.lines = facts["lines"]
+    state = unpack(path, learner.model, learner.optimizers)
+    run.progress = Progress.from_dict(state["at"])
+    if run.is_first:  # nobody else writes lines
+        run.lines = state["lines"]
     scaler = learner.precision.scaler
-    if facts["scaler"] and scaler.is_enabled():
-        scaler.load_state_dict(facts["scaler"])
+    if state["scaler"] and scaler.is_enabled():
+        scaler.load_state_dict(state["scaler"])
 
 def announce(origin, changed, new_length, done, warmup):
     "Say where a run goes on, and what is different from here on."
@@ -99,12 +103,14 @@ def announce(origin, changed, new_length, done, warmup):
         )
 
 def continue_from(
-    run,    # Run
-    path,   # of a checkpoint, on this host
-    owner,  # rank of a host that has it
-):          # whether anything is left to do
+    run,          # Run
+    path,         # of a checkpoint, on this host
+    owner,        # rank of a host that has it
+    is_finished,  # whether it is of a finished run
+):                # whether anything is left to do
     "Go on from a checkpoint."
-    ranks, folder = run.ranks, run.folder
+    ranks = run.ranks
+    folder = run.folder
     origin = ranks.all(path)[owner]
     if owner != 0:
         if run.is_first:
@@ -114,7 +120,7 @@ def continue_from(
     changed = ranks.all(changed)[0]
     read_checkpoint(run, path)
     done = run.done()
-    if done >= 1 and origin.parent == folder.finished:
+    if done >= 1 and is_finished:
         if run.is_first:
             say(f"the run in {folder.path} is finished: nothing to do")
         return False
@@ -141,8 +147,7 @@ def begin(
     is_under_way = run.ranks.all(run.ranks.once_per_host(open_folder))[0]
     found = find_checkpoint(run, is_under_way) if resume else None
     if found:
-        path, owner = found
-        return continue_from(run, path, owner)
+        return continue_from(run, *found)
     if run.is_first:
         if resume:
             say(f"no checkpoint in {run.folder.path}: beginning at step 0")

@@ -78,6 +78,7 @@ def main(argv=None):
         del run
         if ranks.world > 1:
             close_group()
+        # a launcher would take this exit code for a failure, and start the run again
         if stopped and "RANK" not in os.environ:
             sys.exit(128 + stopped)
 

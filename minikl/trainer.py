@@ -37,14 +37,14 @@ from .resume import begin
 # %% ../nbs/13_train.ipynb #c085b
 @contextmanager
 def stop_signals():  # list of the signals that have come since
-    "Let Ctrl-C, SIGTERM and SIGHUP wait until the end of a step."
+    "Let Ctrl-C, SIGTERM and SIGHUP wait until the end of a step, or of the run."
     signals = []
     before = {}
 
     def collect(number, frame):
         signals.append(number)
         if "RANK" not in os.environ:  # a lone process obeys the second at once
-            signal.signal(number, before[number])
+            signal.signal(number, before.get(number, signal.SIG_DFL))
 
     with handled(dict.fromkeys(STOP, collect)) as previous:
         before.update(previous)
@@ -121,8 +121,10 @@ class Run:
         if not begin(self):
             return None
         if self.is_first:
-            run, settings = self.options.run, self.settings()
-            self.recorder = Recorder(run, settings, self.lines, self.done())
+            options = self.options.run
+            self.recorder = Recorder(
+                options, self.settings(), self.lines, self.done()
+            )
         try:
             with stop_signals() as signals:
                 stopped = self.train(signals)
@@ -181,7 +183,7 @@ class Run:
                 loss = nats / result.n_targets
                 raise FloatingPointError(f"the loss was {loss:g} per target")
         except FloatingPointError as error:
-            self.give_up(error)
+            raise self.failure(error) from None
         self.progress.add(
             nats,
             result.norm,
@@ -192,16 +194,16 @@ class Run:
         self.progress.elapsed = seconds / self.ranks.world
         return n_signals > 0
 
-    def give_up(self, error):
-        "What starts at this step ends at the next: leave it out, from now on."
+    def failure(self, error):  # UserError
+        "A run that cannot go on from here: its last checkpoint is put aside."
         step = self.progress.step
         good = self.folder.put_aside(step) if self.recorder else None
         with suppress(RuntimeError):  # not all processes may have come here
             good = from_first(good)
-        raise UserError(
+        return UserError(
             f"step {step + 1}: {error}; lower --lr and --muon_lr, or use --dtype=fp32. "
             f"--resume with that continues from the last good checkpoint: {good}"
-        ) from None
+        )
 
     # what is written down
 
@@ -214,16 +216,15 @@ class Run:
 
     def record_training(self):
         line = self.progress.line(
-            self.training_seconds(), self.learner.rate(), self.data.targets_per_char()
+            self.training_seconds(), self.learner.rate(), self.data.targets_per_char
         )
         self.record(**line)
 
     def record_evaluation(self):
         bits = self.bits_per_char()
-        texts = self.write_texts()
         seconds = self.training_seconds()
         self.record(step=self.progress.step, seconds=seconds, bits_per_char=bits)
-        for line in texts:
+        for line in self.write_texts():
             self.record(**line)
 
     @contextmanager
@@ -246,16 +247,17 @@ class Run:
     def save(self):
         "Write a checkpoint. Where that fails, the disk being full for one, go on."
         progress = replace(self.progress, elapsed=self.clock())
-        facts = {
+        state = {
             "at": progress.as_dict(),
             "lines": self.lines,
             "scaler": self.learner.precision.scaler.state_dict(),
             "settings": self.settings(),
         }
-        files = pack(self.learner.model, self.learner.optimizers, facts)
+        files = pack(self.learner.model, self.learner.optimizers, state)
         vocab = self.data.tokenizer.vocab
         files["vocab_dict.json"] = json.dumps(vocab, ensure_ascii=False)
-        step, keep = self.progress.step, self.options.run.keep_checkpoints
+        step = self.progress.step
+        keep = self.options.run.keep_checkpoints
         if self.is_first:
             try:
                 write_checkpoint(self.folder.checkpoints, step, files, keep)
