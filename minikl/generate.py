@@ -23,7 +23,7 @@ from minikl.files import UserError
 # %% ../nbs/07_generate.ipynb #c025
 def narrow(
     logits,           # scores of the next token: (batch, vocab)
-    temperature=1.0,  # above 0; below 1: bolder; above 1: flatter
+    temperature=1.0,  # above 0; below 1: surer; above 1: flatter
     top_k=0,          # only the k likeliest; 0: all
     top_p=1.0,        # only the likeliest that together are this probable; 1: all
     min_p=0.0,        # only those this many times as likely as the likeliest; 0: all

@@ -406,3 +406,16 @@ def test_activations_are_curves():
         if activation == "relu":
             assert torch.allclose(ffn(2 * a), 2 * ffn(a), rtol=1e-3, atol=1e-3)
         assert ffn.activation is getattr(F, activation)
+
+
+def test_no_output_of_the_model_depends_on_a_later_token():
+    "Through the whole model: the derivative by the embedding of each place."
+    config = MiniKLConfig(d_model=16, num_heads=2, num_layers=2, vocab_size=50)
+    model = MiniKL(config).double()
+    x = torch.randn(12, 16, dtype=torch.float64, requires_grad=True)
+    model.embed.forward = lambda ids: x
+    ids = torch.zeros(12, dtype=torch.long)
+    logits = model(ids, torch.arange(12), causal_attention)
+    for i, output in enumerate(logits.sum(dim=-1)):
+        influence = torch.autograd.grad(output, x, retain_graph=True)[0].norm(dim=-1)
+        assert not influence[i + 1 :].any() and influence[: i + 1].all()

@@ -17,7 +17,8 @@ from conftest import ROOT
 
 LESSONS = sorted((ROOT / "nbs").glob("[0-9]*.ipynb"))
 PAGES = sorted((ROOT / "nbs" / "reference").glob("*.ipynb"))
-SOURCES = [*LESSONS, *PAGES, ROOT / "nbs" / "index.ipynb"]
+SOLUTIONS = sorted((ROOT / "nbs" / "solutions").glob("*.ipynb"))
+SOURCES = [*LESSONS, *PAGES, *SOLUTIONS, ROOT / "nbs" / "index.ipynb"]
 PACKAGE = sorted((ROOT / "minikl").glob("*.py"))
 
 
@@ -403,7 +404,11 @@ def test_package_is_plain_pytorch(python):
     assert done.stdout.strip() == "[]", done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.stem)
+def place(path):   # "nbs-03_rope", "solutions-03_rope"
+    return f"{path.parent.name}-{path.stem}"
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=place)
 def test_lesson_runs(path, python):
     call = f"nbdev_test(path={str(path)!r}, n_workers=0)"
     done = python("-c", f"from nbdev.test import nbdev_test; {call}")

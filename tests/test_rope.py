@@ -3,7 +3,9 @@
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import LlamaConfig
 from transformers.models.gptj.modeling_gptj import apply_rotary_pos_emb as gptj_rotate
+from transformers.models.llama import modeling_llama
 
 from minikl.rope import rope_table, rotate
 
@@ -110,3 +112,16 @@ def test_the_score_of_a_copy_falls_with_distance_as_the_formula_says():
         measured = (rotate(x, rotation) * x).sum(dim=-1).mean(dim=(0, 2)) / 64
         expected = rotation[0].mean(dim=(-1, -2))
         torch.testing.assert_close(measured, expected, atol=0.05, rtol=0)
+
+
+def test_llama_pairs_halves():
+    "The rotation of `transformers`, which puts heads before tokens."
+    positions = torch.stack([torch.arange(40), torch.arange(500, 540)])
+    q = torch.randn(2, 40, 4, 64)   # (batch, seq, heads, d_head)
+    rope = {"rope_type": "default", "rope_theta": 1e6}
+    config = LlamaConfig(hidden_size=256, num_attention_heads=4, rope_parameters=rope)
+    cos, sin = modeling_llama.LlamaRotaryEmbedding(config)(q, positions)
+    heads_first = q.transpose(1, 2)
+    theirs, _ = modeling_llama.apply_rotary_pos_emb(heads_first, heads_first, cos, sin)
+    found = rotate(q, rope_table(positions, 64))
+    torch.testing.assert_close(found, theirs.transpose(1, 2), atol=2e-5, rtol=0)
