@@ -410,7 +410,8 @@ def test_activations_are_curves():
 
 def test_no_output_of_the_model_depends_on_a_later_token():
     "Through the whole model: the derivative by the embedding of each place."
-    config = MiniKLConfig(d_model=16, num_heads=2, num_layers=2, vocab_size=50)
+    sizes = {"d_model": 16, "num_heads": 2, "num_kv_heads": 2, "num_layers": 2}
+    config = MiniKLConfig(**sizes, vocab_size=50)
     model = MiniKL(config).double()
     x = torch.randn(12, 16, dtype=torch.float64, requires_grad=True)
     model.embed.forward = lambda ids: x
