@@ -124,4 +124,5 @@ def test_llama_pairs_halves():
     heads_first = q.transpose(1, 2)
     theirs, _ = modeling_llama.apply_rotary_pos_emb(heads_first, heads_first, cos, sin)
     found = rotate(q, rope_table(positions, 64))
-    torch.testing.assert_close(found, theirs.transpose(1, 2), atol=2e-5, rtol=0)
+    # an angle of 539 is known to 539 / 2**24 = 3e-5, and q is at most about 4.5
+    torch.testing.assert_close(found, theirs.transpose(1, 2), atol=2e-4, rtol=0)
