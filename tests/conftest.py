@@ -79,7 +79,7 @@ def place(item):
 
 @pytest.fixture(autouse=True)
 def same_draws():
-    "Every test draws the same numbers, alone or among others, so that none fails by luck."
+    "Every test draws the same numbers, alone or among others: none fails by luck."
     import torch
 
     random.seed(0)
