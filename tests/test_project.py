@@ -48,9 +48,9 @@ def test_package_is_what_the_lessons_export(copy, python):
     export = "from nbdev.doclinks import nbdev_export; nbdev_export()"
     done = python("-c", export, cwd=copy)
     assert done.returncode == 0, done.stderr
-    exported = files(copy / "minikl", "*.py")
+    exported = files(copy / "minikl", "**/*.py")
     fix = "edit the lessons, never minikl/; then: make export"
-    assert exported == files(ROOT / "minikl", "*.py"), fix
+    assert exported == files(ROOT / "minikl", "**/*.py"), fix
 
 
 def test_lessons_are_clean(copy, python):
