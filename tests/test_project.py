@@ -340,6 +340,18 @@ def test_links_lead_somewhere(path):
     assert broken_links(path) == []
 
 
+@pytest.mark.parametrize("path", TEXTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_picture_says_what_is_seen(path):
+    "To somebody who cannot see it."
+    assert "![](" not in markdown(path)
+
+
+def test_every_schema_is_shown():
+    lessons = "".join(map(markdown, [*LESSONS, ROOT / "nbs" / "index.ipynb"]))
+    schemas = {path.name for path in (ROOT / "nbs" / "images").glob("*.svg")}
+    assert schemas and not {name for name in schemas if f"images/{name})" not in lessons}
+
+
 def test_a_broken_link_is_found(tmp_path):
     cell = {"cell_type": "markdown", "source": ["## `share`: dealing, a *step*\n", "x"]}
     notebook = json.dumps({"cells": [cell]})
