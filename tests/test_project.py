@@ -18,7 +18,8 @@ from conftest import ROOT
 LESSONS = sorted((ROOT / "nbs").glob("[0-9]*.ipynb"))
 PAGES = sorted((ROOT / "nbs" / "reference").glob("*.ipynb"))
 SOLUTIONS = sorted((ROOT / "nbs" / "solutions").glob("*.ipynb"))
-SOURCES = [*LESSONS, *PAGES, *SOLUTIONS, ROOT / "nbs" / "index.ipynb"]
+ENTRIES = [ROOT / "nbs" / "index.ipynb", ROOT / "nbs" / "glossary.ipynb"]
+SOURCES = [*LESSONS, *PAGES, *SOLUTIONS, *ENTRIES]
 PACKAGE = sorted((ROOT / "minikl").glob("*.py"))
 
 
@@ -436,11 +437,12 @@ def test_site_has_a_page_for_each_lesson(copy, python):
     assert done.returncode == 0, done.stderr
     site = copy / "_docs"
     pages = {path.stem: path for path in site.glob("*.html")}
-    assert set(pages) == {"index", *(path.stem.split("_", 1)[1] for path in LESSONS)}
+    lessons = {path.stem.split("_", 1)[1] for path in LESSONS}
+    assert set(pages) == lessons | {path.stem for path in ENTRIES}
     reference = {path.stem for path in (site / "reference").glob("*.html")}
     assert reference == {path.stem for path in PAGES}
-    del pages["index"]
-    for page in pages.values():
+    for name in lessons:
+        page = pages[name]
         assert "本课小结" in page.read_text(encoding="utf-8"), page.name
 
 
