@@ -230,6 +230,10 @@ def loss(
         raise UserError(message)
     hidden = self.hidden(batch.ids, batch.positions, batch.attend).flatten(0, -2)
     targets = batch.targets.flatten()
+    if sum(batch.lengths) < len(targets):  # padding needs no output layer
+        is_real = targets != IGNORE
+        hidden = hidden[is_real]
+        targets = targets[is_real]
     with_gradients = torch.is_grad_enabled()
     weight = self.output_weight
     total = ChunkedCrossEntropy.apply(hidden, weight, targets, with_gradients)
