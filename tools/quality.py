@@ -4,6 +4,10 @@
                                             (5 minutes of one core)
     python tools/quality.py train [ARM …]   train arms that are not trained yet
                                             (6 minutes of one core each; --minutes=1: 2)
+    python tools/quality.py bracket [ARM …] train arms with AdamW at other rates, until
+                                            the best has a worse one on either side
+    python tools/quality.py seeds [ARM …]   train arms again with two more seeds, at
+                                            their best rate
     python tools/quality.py collect         write what was measured to
                                             nbs/measured/quality.json
 
@@ -32,8 +36,10 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import minikl.learner
 import minikl.train
+from minikl.attention import causal_attention
 from minikl.corpora import DATA, build_poetry
 from minikl.data import (
+    IGNORE,
     Documents,
     TokenFile,
     build_tokens,
@@ -42,7 +48,7 @@ from minikl.data import (
 )
 from minikl.files import write_atomically
 from minikl.jsonl import read_jsonl
-from minikl.layouts import Nested
+from minikl.layouts import Layout, Nested, Padded
 from minikl.model import MiniKL
 from minikl.options import parse_options
 from minikl.parallel import Ranks, evaluate
@@ -108,11 +114,46 @@ class GPT2(MiniKL):
         return self.norm(x)
 
 
+# ---- packed text, as GPT-2 and nanoGPT have it in pretraining
+
+
+class Blocks(Layout):
+    """Documents in one stream, cut into rows of BLOCK tokens: (rows, BLOCK).
+
+    A token sees whatever stands before it in its row, other documents too. What it
+    should answer is the same as in every layout.
+    """
+    def __init__(self, docs):
+        super().__init__(docs)
+        stream = torch.cat(docs)
+        n_rows = math.ceil(len(stream) / BLOCK)
+        n_padding = n_rows * BLOCK - len(stream)
+        self.ids = F.pad(stream, (0, n_padding)).view(n_rows, BLOCK)
+        self.targets = F.pad(self.targets, (0, n_padding), value=IGNORE)
+        self.targets = self.targets.view(n_rows, BLOCK)
+        self.positions = torch.arange(BLOCK).expand(n_rows, BLOCK)
+
+    def attend(self, q, k, v):
+        return causal_attention(q, k, v)
+
+
+def evaluate_alone(model, documents, layout, *more):   # bits per character
+    "Every document for itself, however the training has laid them out."
+    return evaluate(model, documents, Padded if layout is Blocks else layout, *more)
+
+
 # ---- the arms
 
+BLOCK = 256   # tokens of a row
 # What an arm may say beside the options of train.py: its model, its vocabulary, beta2
-# of AdamW, and the floor of the schedule.
-EXTRA = {"model": MiniKL, "vocabulary": "", "beta2": 0.95, "final": 0.0}
+# of AdamW, the floor of the schedule, and a layout of its own.
+EXTRA = {
+    "model": MiniKL,
+    "vocabulary": "",
+    "beta2": 0.95,
+    "final": 0.0,
+    "blocks": False,
+}
 # the configuration of github.com/karpathy/nanoGPT for CPUs
 NANO = {
     "model": GPT2,
@@ -128,20 +169,11 @@ NANO = {
     "final": 0.1,
     "warmup": 0.05,
 }
-# the second rung: whole documents instead of pieces of 64 characters, and a learning
-# rate and a schedule that suit them
-WHOLE_POEMS = {
-    "max_seq_len": None,
-    "batch_size": None,
-    "lr": 3e-3,
-    "beta2": None,
-    "final": None,
-    "warmup": None,
-}
 # each rung keeps what the rungs before it changed; None: the default of train.py
 LADDER = [
-    ("nanoGPT", {}),
-    ("whole poems", WHOLE_POEMS),
+    ("64 characters", {"beta2": None, "final": None, "warmup": None}),
+    ("whole poems", {"max_seq_len": None}),
+    ("32 poems", {"batch_size": None}),
     ("tokens", {"vocabulary": None}),
     ("nested", {"layout": None}),
     ("block", {"model": None}),
@@ -149,6 +181,8 @@ LADDER = [
     ("Muon", {"optimizer": None, "lr": None}),
     ("default", {"num_layers": None}),
 ]
+# from the rung "tokens", one thing changed: a stream of tokens in place of padding
+PACKED = {"blocks": True, "max_seq_len": BLOCK}
 # from the default, one thing changed
 ONE_OUT = {
     "padded": {"layout": "padded"},
@@ -160,12 +194,13 @@ ONE_OUT = {
     "characters": {"vocabulary": "characters"},
     "4 × 192": {"d_model": 192, "num_layers": 4},
     "3 × 96": {"d_model": 96, "num_layers": 3},
-    "tied": {"tie_embeddings": True, "lr": 6e-3},
-    "seed 1": {"seed": 1},
-    "seed 2": {"seed": 2},
+    "tied": {"tie_embeddings": True},
 }
-SEEDS = ("default", "seed 1", "seed 2")   # arms that differ in nothing but chance
-CURVES = ("nanoGPT", "tokens", "default")   # evaluated on the way, too
+RATES = 1.5e-3, 3e-3, 6e-3   # of AdamW, tried first
+SEEDS = 0, 1, 2
+# the arms whose differences the lesson speaks of
+SEEDED = ("tokens", "packed", "nested", "untied", "Muon", "default")
+CURVES = ("nanoGPT", "tokens", "packed", "default")   # evaluated on the way, too
 
 
 def all_arms():   # {name: what differs from the defaults of train.py}
@@ -177,7 +212,9 @@ def all_arms():   # {name: what differs from the defaults of train.py}
         arms[name] = rung
     if arms["default"]:
         raise ValueError(f"the ladder does not end at the default: {arms['default']}")
-    return {**arms, **ONE_OUT}
+    arms["nanoGPT"] = NANO
+    arms["packed"] = arms["tokens"] | PACKED
+    return arms | ONE_OUT
 
 
 ARMS = all_arms()
@@ -214,11 +251,13 @@ def patched(
             group["betas"] = (0.9, extra["beta2"])
         return made
 
-    with patch.multiple(
+    layouts = {"padded": Blocks} if extra["blocks"] else {}
+    with patch.dict(minikl.learner.LAYOUTS, layouts), patch.multiple(
         minikl.learner,
         MiniKL=extra["model"],
         schedule=partial(schedule, final=extra["final"]),
         make_optimizers=optimizers,
+        evaluate=evaluate_alone,
     ):
         yield ["--threads=1", *(f"--{name}={value}" for name, value in options.items())]
 
@@ -255,10 +294,9 @@ def measure_speed(options):
 
     Written to out/quality/speed.json: {arm: seconds}.
     """
-    names = [name for name in ARMS if not name.startswith("seed")]
-    seconds = {name: [] for name in names}
+    seconds = {name: [] for name in ARMS}
     with tempfile.TemporaryDirectory() as folder:
-        runs = {name: begin_run(name, folder) for name in names}
+        runs = {name: begin_run(name, folder) for name in ARMS}
         for turn in range(options.turns):
             for name, run in runs.items():
                 seconds[name].append(seconds_of_a_step(run, turn))
@@ -287,12 +325,36 @@ def n_steps_of(name, minutes):
     In each of them the default run makes STEPS_PER_MINUTE.
     """
     speed = read_speed()
-    own = speed.get(name, speed["default"])
-    return max(1, round(minutes * STEPS_PER_MINUTE * speed["default"] / own))
+    ratio = speed["default"] / speed[name]
+    return max(1, round(minutes * STEPS_PER_MINUTE * ratio))
 
 
-def folder_of(name, minutes, lr=0):   # Path
-    return OUT / f"{minutes:g} min" / (f"{name} lr={lr:g}" if lr else name)
+def folder_of(name, minutes, lr=0, seed=0):   # Path
+    if lr:
+        name += f" lr={lr:g}"
+    if seed:
+        name += f" seed={seed}"
+    return OUT / f"{minutes:g} min" / name
+
+
+def bits_of(folder):   # per character, of a finished run
+    run = json.loads((folder / "run.json").read_text())
+    return run["bits_per_char"]["MiniKL"]
+
+
+def rates_of(name, minutes):   # {rate of AdamW: bits per character}, from low to high
+    "What has been tried, with the first seed."
+    rates = {}
+    for path in folder_of(name, minutes).parent.glob(f"{name} lr=*/run.json"):
+        said = path.parent.name.removeprefix(f"{name} lr=")
+        if "seed" not in said:
+            rates[float(said)] = bits_of(path.parent)
+    return dict(sorted(rates.items()))
+
+
+def best_rate(name, minutes):   # 0 where no others were tried
+    rates = rates_of(name, minutes)
+    return min(rates, key=rates.get, default=0)
 
 
 def train_arm(options):
@@ -305,35 +367,65 @@ def train_arm(options):
     arm = dict(ARMS[name])
     if options.lr:
         arm["lr"] = options.lr
+    if options.seed:
+        arm["seed"] = options.seed
     more = []
     if name in CURVES and options.minutes == 3:
         more.append(f"--eval_every={math.ceil(n_steps / 6)}")
-    out = folder_of(name, options.minutes, options.lr)
+    out = folder_of(name, options.minutes, options.lr, options.seed)
     more += [f"--max_steps={n_steps}", "--keep_checkpoints=1", "--resume"]
     with patched(arm) as arguments:
         minikl.train.main([*arguments, *more, f"--out_dir={out}"])
 
 
-def train_in_a_process(name, options):
+def train_in_a_process(name, minutes, lr=0, seed=0):
     "Train an arm unless it is trained, and print what came out or what went wrong."
-    out = folder_of(name, options.minutes, options.lr)
-    if (out / "metrics.jsonl").exists():
+    out = folder_of(name, minutes, lr, seed)
+    if (out / "run.json").exists():
         return
-    chosen = [f"--lr={options.lr}", f"--minutes={options.minutes}"]
+    chosen = [f"--minutes={minutes}", f"--lr={lr}", f"--seed={seed}"]
     command = [sys.executable, __file__, "arm", name, *chosen]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode == 0:
         lines = [line for line in done.stdout.splitlines() if "bits per" in line]
     else:
         lines = done.stderr.splitlines()
-    print(f"{name} {options.lr or ''}:", *lines, flush=True)
+    print(f"{out.name}:", *lines, flush=True)
 
 
 def train(options):
     "Train arms that are not trained yet, each in a process of its own."
-    names = options.arms or ARMS
+    more = {"minutes": options.minutes, "lr": options.lr, "seed": options.seed}
     with ThreadPoolExecutor(options.jobs) as pool:
-        list(pool.map(partial(train_in_a_process, options=options), names))
+        list(pool.map(partial(train_in_a_process, **more), options.arms or ARMS))
+
+
+def bracket_arm(name, minutes):
+    "Try rates of AdamW until the best one is neither the lowest nor the highest."
+    rates = set(RATES)
+    while True:
+        for lr in sorted(rates):
+            train_in_a_process(name, minutes, lr)
+        best = best_rate(name, minutes)
+        if best not in (min(rates), max(rates)):
+            return
+        rates.add(best / 2 if best == min(rates) else best * 2)
+
+
+def bracket(options):
+    names = [name for name, arm in ARMS.items() if arm.get("optimizer") == "adamw"]
+    names.remove("nanoGPT")   # that has the rate which nanoGPT recommends
+    one = partial(bracket_arm, minutes=options.minutes)
+    with ThreadPoolExecutor(options.jobs) as pool:
+        list(pool.map(one, options.arms or names))
+
+
+def seeds(options):
+    "Train arms again, at their best rate, with the other seeds."
+    for name in options.arms or SEEDED:
+        lr = best_rate(name, options.minutes)
+        for seed in SEEDS[1:]:
+            train_in_a_process(name, options.minutes, lr, seed)
 
 
 # ---- what was measured
@@ -374,10 +466,11 @@ def summary(folder):
 
 def band(minutes):
     "The losses of three seeds: how far apart runs come out that differ in nothing."
-    arms = [lines_with("loss", OUT / minutes / name) for name in SEEDS]
+    folders = [folder_of("default", minutes, seed=seed) for seed in SEEDS]
+    arms = [lines_with("loss", folder) for folder in folders]
     default = arms[0]
     return {
-        "minutes": minutes,
+        "minutes": f"{minutes:g} min",
         "steps": default[-1]["step"],
         "tokens": [line["tokens"] for line in default],
         "losses": [[round(line["loss"], 3) for line in lines] for lines in arms],
@@ -430,19 +523,17 @@ def store(**measurements):
 
 def collect(options):
     "Gather finished runs, the losses of three seeds, and what the default run knows."
-    runs = {}
-    for path in sorted(OUT.glob("* min/*/run.json")):
-        folder = path.parent
-        runs.setdefault(folder.parent.name, {})[folder.name] = summary(folder)
+    known = json.loads(MEASURED.read_text())
     measurements = {"speed": {name: round(n, 4) for name, n in read_speed().items()}}
-    for minutes, found in runs.items():
-        measurements[f"runs, {minutes}"] = found
-    for minutes, found in runs.items():   # the longest run of three seeds comes last
-        if found.keys() >= set(SEEDS):
-            measurements["band"] = band(minutes)
-    default = OUT / "3 min" / "default"
-    if (default / "run.json").exists():
-        measurements |= about_the_default(default)
+    for path in sorted(OUT.glob("* min/*/run.json")):
+        group = f"runs, {path.parent.parent.name}"
+        runs = measurements.setdefault(group, dict(known.get(group, {})))
+        runs[path.parent.name] = summary(path.parent)
+    measurements["rates"] = {name: rates_of(name, 1) for name in ARMS}
+    three = [folder_of("default", 3, seed=seed) for seed in SEEDS]
+    if all((folder / "run.json").exists() for folder in three):
+        measurements["band"] = band(3)
+        measurements |= about_the_default(three[0])
     store(**measurements)
     told = [
         f"{name} {list(value) if name.startswith('runs') else ''}"
@@ -457,6 +548,8 @@ COMMANDS = {
     "speed": measure_speed,
     "train": train,
     "arm": train_arm,
+    "bracket": bracket,
+    "seeds": seeds,
     "collect": collect,
 }
 
@@ -474,6 +567,7 @@ def main(argv=None):
     add("--jobs", type=int, default=1, help="arms at the same time, one core each")
     add("--turns", type=int, default=7, help="of the speed measurement")
     add("--lr", type=float, default=0, help="try another learning rate")
+    add("--seed", type=int, default=0, help="try another seed")
     add("--minutes", type=float, default=3, help="of two cores, for each arm")
     options = parser.parse_intermixed_args(argv)
     if unknown := set(options.arms) - ARMS.keys():
