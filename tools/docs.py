@@ -4,8 +4,10 @@
 
 By Quarto where it is installed, otherwise by smalldocs, which pip brings. Either way
 nbdev prepares the notebooks in _proc/. With smalldocs, maths and fonts are served from
-the site itself.
+the site itself, and the pages are checked: the build fails on a broken link, on what
+is loaded from another host, and on traces of the machine that built them.
 """
+import ast
 import json
 import re
 import shutil
@@ -13,7 +15,9 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+from html.parser import HTMLParser
 from pathlib import Path
+from urllib.parse import unquote, urlsplit
 
 from nbdev import doclinks, quarto
 from nbdev.config import get_config
@@ -21,7 +25,10 @@ from nbdev.serve import proc_nbs
 
 from minikl.corpora import npm_pack
 
+FOLD = '#| code-fold: true\n#| code-summary: "Imports and settings"\n'
+CHINESE = re.compile(r"[\u4e00-\u9fff]")
 KATEX = "0.16.11"
+ROOT = Path(__file__).resolve().parent.parent
 KATEX_FILES = (
     "katex.min.js",
     "katex.min.css",
@@ -35,6 +42,45 @@ def prepare():   # Path of the folder with the prepared notebooks
     quarto.refresh_quarto_yml()
     doclinks._build_modidx()
     return Path(proc_nbs(n_workers=0, force=True))
+
+
+def defined_names(code):   # names of the functions and classes that a cell defines
+    try:
+        nodes = ast.parse(code).body
+    except SyntaxError:   # a magic
+        return []
+    kinds = ast.FunctionDef, ast.ClassDef
+    return [node.name for node in nodes if isinstance(node, kinds)]
+
+
+def is_setup(code):   # bool
+    "Whether a cell only imports and sets: a reader may leave it folded."
+    try:
+        nodes = ast.parse(code).body
+    except SyntaxError:
+        return False
+    return bool(nodes) and isinstance(nodes[0], (ast.Import, ast.ImportFrom)) and all(
+        isinstance(node, (ast.Import, ast.ImportFrom, ast.Expr, ast.Assign))
+        for node in nodes
+    )
+
+
+def fold_and_name(path):
+    "Fold the cells that import, and give each definition a name to link to."
+    notebook = json.loads(path.read_text(encoding="utf-8"))
+    cells = []
+    for cell in notebook["cells"]:
+        code = "".join(cell["source"])
+        if cell["cell_type"] == "code" and is_setup(code):
+            cell["source"] = f"{FOLD}{code}"
+        if cell["cell_type"] == "code":
+            anchors = [f'<a id="{name}"></a>' for name in defined_names(code)]
+            if anchors:
+                text = {"cell_type": "markdown", "id": f"{cell['id']}-a"}
+                cells.append({**text, "metadata": {}, "source": "".join(anchors)})
+        cells.append(cell)
+    notebook["cells"] = cells
+    path.write_text(json.dumps(notebook, ensure_ascii=False), encoding="utf-8")
 
 
 def page_name(path):   # file name of the notebook, as its page will be called
@@ -81,10 +127,41 @@ def unpack_katex(
                 shutil.copy(path, copy)
 
 
-def substitute(pattern, replacement, path):
+def substitute(pattern, replacement, path):   # how many times
     "Replace what matches in a file."
     text = path.read_text(encoding="utf-8")
-    path.write_text(re.sub(pattern, replacement, text), encoding="utf-8")
+    text, count = re.subn(pattern, replacement, text)
+    path.write_text(text, encoding="utf-8")
+    return count
+
+
+def search_chinese(site):
+    "One character is a word in Chinese; several words may stand apart."
+    script = site / "site_libs" / "smalldocs.js"
+    for pattern, replacement in (
+        (r"minMatchCharLength: 2", "minMatchCharLength: 1, useExtendedSearch: true"),
+        (r"q\.length < 2", "q.length < 1"),
+        (r"w\.length > 1", "w.length > 0"),
+        (r"trim\(\)\.length > 1", "trim().length > 0"),
+    ):
+        if not substitute(pattern, replacement, script):
+            sys.exit(f"error: {script} has no {pattern}; is it another smalldocs?")
+
+
+def say_language(found):   # a paragraph or heading, perhaps with lang="zh"
+    tag, attributes, text = found.groups()
+    bare = re.sub(r"<[^>]*>", "", text)
+    if len(CHINESE.findall(bare)) > len(bare) / 3:
+        attributes += ' lang="zh"'
+    return f"<{tag}{attributes}>{text}</{tag}>"
+
+
+def mark_chinese(site):
+    "Say of Chinese paragraphs that they are: fonts and voices depend on it."
+    for path in site.rglob("*.html"):
+        text = path.read_text(encoding="utf-8")
+        text = re.sub(r"(?s)<(p|h2)\b([^>]*)>(.*?)</\1>", say_language, text)
+        path.write_text(text, encoding="utf-8")
 
 
 def localise(site):
@@ -104,6 +181,73 @@ def localise(site):
         substitute(r"@import url\([^)]*\);?", "", path)
 
 
+# ---- what a page must not have
+
+TRACES = {
+    "Call self as a function": "an entry that says nothing",
+    str(ROOT): "a path of the machine that built the site",
+    "[`": "a link that was not rendered",
+}
+
+
+class Page(HTMLParser):
+    "What a page links to, loads, names, and says outside of its programs."
+
+    def __init__(self, path):
+        super().__init__()
+        self.links = []    # href of <a>
+        self.loads = []    # what the browser fetches by itself
+        self.names = set()
+        self.text = []
+        self.programs = 0   # how many <pre>, <script> and <style> are open
+        self.feed(path.read_text(encoding="utf-8"))
+
+    def handle_starttag(self, tag, attributes):
+        values = dict(attributes)
+        self.names |= {values[key] for key in ("id", "name") if values.get(key)}
+        self.programs += tag in ("pre", "script", "style")
+        if tag == "a" and values.get("href"):
+            self.links.append(values["href"])
+        if tag == "link" and values.get("href"):
+            self.loads.append(values["href"])
+        if values.get("src"):
+            self.loads.append(values["src"])
+
+    def handle_endtag(self, tag):
+        self.programs -= tag in ("pre", "script", "style")
+
+    def handle_data(self, data):
+        if not self.programs:
+            self.text.append(data)
+
+
+def faults(site):   # list of lines: page, what is wrong
+    "Broken links, missing anchors, other hosts, and traces of the build."
+    pages = {path: Page(path) for path in sorted(site.rglob("*.html"))}
+    found = []
+    for path, page in pages.items():
+        name = path.relative_to(site)
+        text = "".join(page.text)
+        for trace, meaning in TRACES.items():
+            if trace in text:
+                found.append(f"{name}: {meaning}: {trace}")
+        for link in page.loads:
+            if urlsplit(link).netloc:
+                found.append(f"{name}: loads {link}")
+        for link in page.links:
+            parts = urlsplit(link)
+            if parts.scheme or parts.netloc:
+                continue
+            target = (path.parent / unquote(parts.path)) if parts.path else path
+            target = target.resolve()
+            anchor = unquote(parts.fragment)
+            if not target.exists():
+                found.append(f"{name}: {link} leads nowhere")
+            elif anchor and target in pages and anchor not in pages[target].names:
+                found.append(f"{name}: {link} has no such place")
+    return found
+
+
 def render(folder, config):
     "Let Quarto or smalldocs render the prepared notebooks."
     if shutil.which("quarto"):
@@ -112,10 +256,17 @@ def render(folder, config):
         return
     if sys.version_info < (3, 11):
         sys.exit("error: the site needs Quarto, or Python 3.11 or newer")
+    for path in folder.rglob("*.ipynb"):
+        fold_and_name(path)
     rename_pages(folder, config.doc_host + config.doc_baseurl)
     smalldocs = Path(sys.executable).with_name("smalldocs")
     subprocess.run([smalldocs, "render", str(folder)], check=True)
-    localise(folder / config.doc_path.name)
+    site = (folder / config.doc_path.name).resolve()
+    localise(site)
+    search_chinese(site)
+    mark_chinese(site)
+    if found := faults(site):
+        sys.exit("error: the site is not fit to be shown\n" + "\n".join(found))
 
 
 def main():
