@@ -6,6 +6,7 @@ them one after the other. `--long` adds those that take minutes.
 import faulthandler
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -25,7 +26,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 LONGEST = (
     "lesson_runs[13", "lesson_runs[08_", "lesson_runs[01", "lesson_runs[12",
     "lesson_runs[14", "lesson_runs[08b", "lesson_runs[10", "lesson_runs[07",
-    "site_has", "lesson_runs[11", "killed_runs", "broken_resume", "lesson_runs",
+    "jupyterlab", "every_page", "lesson_runs[11", "killed_runs", "broken_resume",
+    "lesson_runs",
     "no_process_ever", "slower_than", "hosts", "each_host_reads", "wheel",
     "of_any_rank", "on_one_rank", "all_find", "compiled_blocks", "any_jsonl",
     "two_processes", "without_network", "checkpoint_goes_on", "plan_measures",
@@ -192,6 +194,18 @@ def once(tmp_path_factory):
         return folder
 
     return call
+
+
+@pytest.fixture(scope="session")
+def copy(tmp_path_factory):
+    "The project without what is built, to let nbdev loose on."
+    folder = tmp_path_factory.mktemp("project") / "minikl"
+    ignore = shutil.ignore_patterns(
+        ".git", ".venv", "out", "_docs", "_proc", "data", "build", "__pycache__",
+        "*.egg-info", ".ipynb_checkpoints",
+    )
+    shutil.copytree(ROOT, folder, ignore=ignore)
+    return folder
 
 
 def pytest_unconfigure(config):

@@ -23,18 +23,6 @@ SOURCES = [*LESSONS, *PAGES, *SOLUTIONS, *ENTRIES]
 PACKAGE = sorted((ROOT / "minikl").glob("*.py"))
 
 
-@pytest.fixture(scope="session")
-def copy(tmp_path_factory):
-    "The project without what is built, to let nbdev loose on."
-    folder = tmp_path_factory.mktemp("project") / "minikl"
-    ignore = shutil.ignore_patterns(
-        ".git", ".venv", "out", "_docs", "_proc", "data", "build", "__pycache__",
-        "*.egg-info", ".ipynb_checkpoints",
-    )
-    shutil.copytree(ROOT, folder, ignore=ignore)
-    return folder
-
-
 def cells(path):
     return json.loads(path.read_text(encoding="utf-8"))["cells"]
 
@@ -427,23 +415,6 @@ def test_lesson_runs(path, python):
     call = f"nbdev_test(path={str(path)!r}, n_workers=0)"
     done = python("-c", f"from nbdev.test import nbdev_test; {call}")
     assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
-
-
-@pytest.mark.skipif(
-    sys.version_info < (3, 11), reason="the site needs Quarto, or Python 3.11 or newer"
-)
-def test_site_has_a_page_for_each_lesson(copy, python):
-    done = python("tools/docs.py", cwd=copy)
-    assert done.returncode == 0, done.stderr
-    site = copy / "_docs"
-    pages = {path.stem: path for path in site.glob("*.html")}
-    lessons = {path.stem.split("_", 1)[1] for path in LESSONS}
-    assert set(pages) == lessons | {path.stem for path in ENTRIES}
-    reference = {path.stem for path in (site / "reference").glob("*.html")}
-    assert reference == {path.stem for path in PAGES}
-    for name in lessons:
-        page = pages[name]
-        assert "本课小结" in page.read_text(encoding="utf-8"), page.name
 
 
 @pytest.fixture
