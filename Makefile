@@ -51,7 +51,7 @@ soak: $(READY)
 	$(BIN)/python -m pytest -q tests --long -m long
 
 lab: $(READY)
-	$(BIN)/jupyter lab nbs
+	$(BIN)/jupyter lab --ContentsManager.hide_globs='["__pycache__", "*.yml", "*.css", "*.svg"]' nbs/index.ipynb
 
 export: $(READY)
 	$(BIN)/nbdev_export
