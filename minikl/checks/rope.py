@@ -48,7 +48,8 @@ def check_squeezed(squeezed):
             return f"{text}: the last one stands outside, at {last:g}"
         gaps = found.diff()
         if (gaps - gaps[0]).abs().max() > 1e-3:
-            return f"{text}: some neighbors are {gaps.min():g} apart, some {gaps.max():g}"
+            gaps = f"{gaps.min():g} apart, some {gaps.max():g}"
+            return f"{text}: some neighbors are {gaps}"
         wrong = difference(found, right, f"position of {text}")
         if wrong:
             return wrong
