@@ -65,6 +65,7 @@ def test_the_text_of_a_record():
     assert record_text({"content": []}) == ""
     assert record_text({"text": "second", "content": "first"}) == "first"
     assert record_text({"content": None}) == ""
+    assert record_text({"paragraphs": ["一", "二"]}) == "一\n二"
 
 
 def test_odd_lines_are_read(tmp_path):
@@ -128,6 +129,22 @@ def test_a_damaged_compressed_file_is_named_one_line_after_the_last(tmp_path):
         assert (len(got) > 5000) == name.startswith("half")
 
 
+def test_half_a_file_would_be_taken_for_a_whole_one():
+    "A decompressor returns what there is; `read_jsonl` has to insist on the end."
+    half = spoilt_files()["half.jsonl.zst"]
+    found = importlib.import_module(ZSTD).ZstdDecompressor().decompress(half)
+    assert 5_000 < found.count(b"}") < 15_000
+
+
+def test_plain_and_compressed_files_hold_the_same_texts(four, tmp_path):
+    "The last is two compressed files, one after the other, which the format allows."
+    packed = tmp_path / "four.jsonl.gz"
+    packed.write_bytes(gzip.compress(four.read_bytes()))
+    twice = tmp_path / "four.jsonl.zst"
+    twice.write_bytes(2 * importlib.import_module(ZSTD).compress(four.read_bytes()))
+    assert list(read_jsonl([four, packed, twice])) == POEMS * 4
+
+
 def test_a_package_that_is_missing_is_named(tmp_path, monkeypatch):
     (tmp_path / "a.jsonl.zst").write_bytes(b"")
     monkeypatch.setitem(sys.modules, ZSTD, None)
@@ -146,6 +163,16 @@ def test_markers_are_tokens_where_the_vocabulary_has_them():
     prompt = encode_prompt(chat, marked)  # no control token comes out of a prompt
     assert prompt == [marked.special["<s>"], *marked.encode(chat)]
     assert not set(prompt[1:]) & set(marked.special.values())
+    (ids,), (n_chars,) = encode_documents([chat], marked)
+    assert [i for i in ids if i in marked.special.values()] == [
+        marked.special[name] for name in ("<s>", *CHAT_MARKERS, "</s>")
+    ]
+    assert marked.decode(ids) == "user\n一二 <s>"   # the last <s> was text
+    assert n_chars == len("user\n一二 <s>")
+    plain = Tokenizer.train([chat], 300)   # has no markers: they are text
+    (ids,), _ = encode_documents([chat], plain)
+    begin, end = plain.special["<s>"], plain.special["</s>"]
+    assert ids == [begin, *plain.encode(chat), end]
     bare = Tokenizer.train([chat], 300, special_tokens=())
     assert encode_prompt(chat, bare) == bare.encode(chat)
     assert encode_documents([chat], bare) == ([bare.encode(chat)], [len(chat)])
@@ -192,6 +219,19 @@ def test_pieces_of_documents_of_every_length(max_seq_len):
     documents = Documents(file, torch.arange(40), max_seq_len)  # all at once
     assert len(documents) == total
     assert int((documents.ends - documents.starts).max()) <= max_seq_len
+
+
+def test_pieces_of_which_this_machine_has_the_tokens():
+    documents = Documents(numbers(range(1, 41)), torch.arange(40), 16)
+    assert documents.n_targets() == sum(len(doc) - 1 for doc in documents)
+    assert documents.n_targets([3, 5]) == len(documents[3]) + len(documents[5]) - 2
+    assert documents.local_indices() == list(range(len(documents)))
+    expected = [i for i, start in enumerate(documents.starts) if start >= 40]
+    documents.starts = documents.starts - 40   # the first 40 tokens lie elsewhere
+    assert documents.local_indices() == expected
+    documents.tokens = documents.tokens[:100]   # and so do the last ones
+    local = [i for i in expected if documents.starts[i] < 100]
+    assert documents.local_indices() == local and len(local) < len(expected)
 
 
 def test_no_documents_and_nothing_to_predict():
@@ -262,6 +302,7 @@ def test_a_name_changes_with_every_byte_and_where_files_are_cut(four, tmp_path):
     assert name != fingerprint([tmp_path / "front", tmp_path / "back"], {"一": 0})
     (tmp_path / "near").write_bytes(raw[:-1] + b" ")
     assert name != fingerprint(tmp_path / "near", {"一": 0})
+    assert name != fingerprint(four, {"一": 1})
 
 
 @pytest.mark.parametrize("name", COLUMNS)
@@ -287,6 +328,27 @@ def test_what_is_passed_over_is_counted_and_named(four, small, tmp_path):
     ]
     with pytest.raises(UserError, match="odd.jsonl:3: "):
         build_tokens([four, odd], small, tmp_path / "cache")
+
+
+def cannot_encode(texts, **options):
+    raise NotImplementedError
+
+
+def test_a_token_file_is_built_once_and_whole_or_not_at_all(four, small, tmp_path):
+    folder = build_tokens(four, small, tmp_path / "cache")
+    idle = SimpleNamespace(vocab=small.vocab, special={}, encode_batch=cannot_encode)
+    assert build_tokens(four, idle, tmp_path / "cache") == folder
+    with pytest.raises(NotImplementedError):
+        build_tokens(four, idle, tmp_path / "empty")
+    assert list((tmp_path / "empty").iterdir()) == []
+
+
+def test_writing_to_the_tensor_does_not_reach_the_disk(four, small, tmp_path):
+    folder = build_tokens(four, small, tmp_path / "cache")
+    file = TokenFile(folder)
+    first = int(file.tokens[0])
+    file.tokens[0] = 399
+    assert int(TokenFile(folder).tokens[0]) == first != 399
 
 
 def test_a_corpus_without_documents_leaves_nothing(small, tmp_path):
