@@ -17,9 +17,6 @@ import math
 
 import torch
 
-from minikl.attention import causal_attention
-from minikl.files import UserError
-
 # %% ../nbs/07_generate.ipynb #c025
 def narrow(
     logits,           # scores of the next token: (batch, vocab)
@@ -52,7 +49,41 @@ def choose(logits, randoms, temperature=1.0, **cuts):  # (batch, vocab) → (bat
     drawn = torch.searchsorted(ends, darts * ends[:, -1:], right=True)
     return drawn.squeeze(-1).to(logits.device)
 
-# %% ../nbs/07_generate.ipynb #kc061
+# %% ../nbs/reference/prompt.ipynb #p002
+import argparse
+import codecs
+import os
+import sys
+from contextlib import suppress
+from itertools import islice, takewhile, tee
+from pathlib import Path
+from random import Random
+
+from torch.nn.utils.rnn import pad_sequence
+
+from minikl.attention import causal_attention
+from minikl.data import encode_prompt
+from minikl.files import OneLineParser, UserError, one_line_errors
+from minikl.model import MiniKL
+from minikl.step import pick_device
+from minikl.tokenizer import Tokenizer
+
+# %% ../nbs/reference/prompt.ipynb #p005
+def top_p_bar(scores, top_p):  # (batch, vocab) → the lowest that is kept: (batch, 1)
+    "Where top-p cuts, found without sorting the whole vocabulary."
+    vocab = scores.shape[-1]
+    shares = scores.softmax(-1)
+    n_ranked = 16
+    enough = False
+    while not enough:
+        n_ranked = min(16 * n_ranked, vocab)
+        ranked, order = shares.topk(n_ranked)
+        together = ranked.cumsum(-1)
+        enough = n_ranked == vocab or together[..., -1].min() >= top_p
+    last = (together < top_p).sum(-1, keepdim=True).clamp(max=n_ranked - 1)
+    return scores.gather(-1, order.gather(-1, last))
+
+# %% ../nbs/reference/prompt.ipynb #kc061
 class KVCache:
     """Keys and values of the tokens so far: `model(*cache.step(ids))` reads new ones.
 
@@ -105,39 +136,6 @@ class KVCache:
         self.k = self.k[:, rows]
         self.v = self.v[:, rows]
         self.lengths = [self.lengths[row] for row in rows]
-
-# %% ../nbs/reference/prompt.ipynb #p002
-import argparse
-import codecs
-import os
-import sys
-from contextlib import suppress
-from itertools import islice, takewhile, tee
-from pathlib import Path
-from random import Random
-
-from torch.nn.utils.rnn import pad_sequence
-
-from minikl.data import encode_prompt
-from minikl.files import OneLineParser, one_line_errors
-from minikl.model import MiniKL
-from minikl.step import pick_device
-from minikl.tokenizer import Tokenizer
-
-# %% ../nbs/reference/prompt.ipynb #p005
-def top_p_bar(scores, top_p):  # (batch, vocab) → the lowest that is kept: (batch, 1)
-    "Where top-p cuts, found without sorting the whole vocabulary."
-    vocab = scores.shape[-1]
-    shares = scores.softmax(-1)
-    n_ranked = 16
-    enough = False
-    while not enough:
-        n_ranked = min(16 * n_ranked, vocab)
-        ranked, order = shares.topk(n_ranked)
-        together = ranked.cumsum(-1)
-        enough = n_ranked == vocab or together[..., -1].min() >= top_p
-    last = (together < top_p).sum(-1, keepdim=True).clamp(max=n_ranked - 1)
-    return scores.gather(-1, order.gather(-1, last))
 
 # %% ../nbs/reference/prompt.ipynb #c036
 def generate_batch(model, prompts, max_new_tokens=200, stop=None, seeds=None, **knobs):
