@@ -24,13 +24,13 @@ def check_surprise(surprise):
         mistakes = {
             right / 0.6931: "that is in bits; take the natural logarithm",
             -right: "a surprise is never negative; the minus is missing",
-            n_tokens * right: f"that is the sum over {n_tokens} tokens, not the mean",
+            n_tokens * right: f"that is the sum of {n_tokens} tokens, not the mean",
         }
         for value, said in mistakes.items():
             if abs(found - value) < 1e-3 and abs(found - right) > 1e-3:
                 return said
         if abs(found - right) > 1e-4:
-            return f"over {n_tokens} tokens it is {found:.3f}, and should be {right:.3f}"
+            return f"over {n_tokens} tokens it is {found:.3f}, should be {right:.3f}"
 
 # %% ../../nbs/solutions/00_first_verse.ipynb #s003a
 @exercise
