@@ -129,6 +129,14 @@ def test_odd_vocabularies():
     assert chars.special["<|im_end|>"] not in chars.encode("<|im_end|>")
 
 
+def test_without_bytes_text_gives_no_control_token_but_unk():
+    chars = characters_only()
+    seen = set()
+    for text in odd_texts(10, 2000):
+        seen.update(chars.encode(text))
+    assert seen.intersection(chars.special.values()) == {chars.special["<unk>"]}
+
+
 def test_ids_that_no_text_gives(trained):
     assert trained.decode([trained.byte_ids[0xE4]]) == "�"
     framed = [trained.special["<s>"], *trained.encode("明月"), trained.special["</s>"]]

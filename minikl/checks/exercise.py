@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['RIGHT', 'UNSOLVED', 'PARTS', 'HEADER', 'Unsolved', 'is_empty', 'watched', 'exercise', 'difference', 'turned_down',
-           'keep']
+           'keep', 'kept']
 
 # %% ../../nbs/reference/exercise.ipynb #x004
 import functools
 import inspect
+import runpy
 from pathlib import Path
 
 import torch
@@ -122,3 +123,11 @@ def keep(
     parts = [f"\n\n# part: {name}\n{source.strip()}\n" for name, source in kept.items()]
     path.write_text(header.rstrip() + "\n" + "".join(parts), encoding="utf-8")
     return f"{RIGHT}: kept in {path}"
+
+# %% ../../nbs/reference/exercise.ipynb #x018
+def kept(
+    path="my_parts.py",     # file written by `keep`; it need not exist
+):                          # {name: function}, those of PARTS that are in it
+    "The parts that a reader has solved."
+    names = runpy.run_path(str(path)) if Path(path).exists() else {}
+    return {name: names[name] for name in PARTS if name in names}
