@@ -181,7 +181,7 @@ def _add_gradients(
     else:
         torch.addmm(d_weight, d_logits.T, hidden * real, out=d_weight)
 
-
+# %% ../nbs/08_nested_tensors.ipynb #c041e2
 class ChunkedCrossEntropy(torch.autograd.Function):
     """Summed cross-entropy of `hidden @ weight.T`, in float32 or wider. Each chunk of
     logits is turned into gradients at once, and forgotten. Hsu et al. 2024,

@@ -215,7 +215,7 @@ def test_frequencies_are_those_of_transformers(numbers):
         ours.rotation(positions), rotary(torch.zeros(1), positions[None]), strict=True
     ):
         gap = (found[:, 0] - right[0, :, : ours.d_head // 2]).abs().max()
-        assert gap < 1e-6   # angles up to 16,384 radians: no bit of them differs
+        assert gap < 2e-3   # the last bit of a float32, times 16,384 radians
 
 
 def test_a_factor_of_one_changes_no_bit():
