@@ -9,7 +9,6 @@ __all__ = ['EDGE', 'LETTER', 'NUMBER', 'SIGN', 'SPACE', 'LINE_END', 'KIND', 'cod
 import random
 from collections import defaultdict
 from heapq import heapify, heappop, heappush
-from itertools import pairwise
 
 import regex
 import torch
@@ -277,7 +276,10 @@ def merge_rows(
         rows.scatter_(1, column, best[merges])
     return kept
 
-# %% ../nbs/09_fast_tokenizer.ipynb #56ca8b90
+# %% ../nbs/reference/vocabulary.ipynb #v092
+from itertools import pairwise
+
+# %% ../nbs/reference/vocabulary.ipynb #56ca8b90
 class BatchEncoder:
     "Encodes many texts at once, on the CPU or on a GPU."
 
