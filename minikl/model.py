@@ -53,6 +53,9 @@ class MiniKLConfig:
     def d_head(self):
         return self.d_model // self.num_heads
 
+    def rotation(self, positions):  # (cos, sin), of `rope_table`
+        return rope_table(positions, self.d_head, self.theta)
+
 # %% ../nbs/05_model.ipynb #c026
 class FFN(nn.Module):
     "Two linear maps with an activation between them, token by token."
@@ -126,7 +129,7 @@ class MiniKL(nn.Module):
 
     def hidden(self, ids, positions, attend):
         "As `forward`, but before the output layer: (..., d_model)."
-        rotation = rope_table(positions, self.config.d_head, self.config.theta)
+        rotation = self.config.rotation(positions)
         x = self.embed(ids)
         for block in self.blocks:
             x = block(x, rotation, attend)
@@ -178,7 +181,7 @@ def _add_gradients(
     else:
         torch.addmm(d_weight, d_logits.T, hidden * real, out=d_weight)
 
-
+# %% ../nbs/08_nested_tensors.ipynb #c041e2
 class ChunkedCrossEntropy(torch.autograd.Function):
     """Summed cross-entropy of `hidden @ weight.T`, in float32 or wider. Each chunk of
     logits is turned into gradients at once, and forgotten. Hsu et al. 2024,
@@ -293,6 +296,8 @@ def read_config(
         raw = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(raw, dict):
             raise UserError(f"expected a JSON object, found {type(raw).__name__}")
+        if raw.get("rope_scaling"):
+            raise UserError("a Llama 3; save it by export_llama, load by import_llama")
         raw = {"norm_eps": 1e-5, "qk_norm": False, **raw}  # version 0.1.0 lacked these
         names = [field.name for field in fields(MiniKLConfig)]
         return MiniKLConfig(**{name: raw[name] for name in names})

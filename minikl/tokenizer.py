@@ -138,42 +138,12 @@ class Tokenizer:
         except UnicodeDecodeError:
             return raw.decode("utf-8", "replace")
 
-# %% ../nbs/09_fast_tokenizer.ipynb #itokeni
-from concurrent.futures import ThreadPoolExecutor
-
-import torch
-from fastcore.basics import patch
-
-from .bpe import BatchEncoder, chunks  # noqa: F811
-
-# %% ../nbs/09_fast_tokenizer.ipynb #388ae18a
-@patch
-def encode_batch(
-    self: Tokenizer,
-    texts,               # iterable of str
-    allowed_special=(),  # special tokens that may stand in the texts, by name
-    device="cpu",        # where to compute
-):                       # list of lists of int
-    "`encode` for each of `texts`, all at once."
-    texts = list(texts)
-    if allowed_special:
-        return self.encode_allowing(texts, allowed_special, device)
-    if sum(map(len, texts)) < 4096:
-        return [self.encode(text) for text in texts]
-    if device not in self.encoders:
-        self.encoders[device] = BatchEncoder(self, device)
-    encoder = self.encoders[device]
-    answers = []
-    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        for chunk in chunks(texts, 1 << 16):
-            batch = encoder.learn_chars(chunk)
-            answers.append(pool.submit(encoder.encode, *batch))
-    return [ids for answer in answers for ids in answer.result()]
-
 # %% ../nbs/reference/vocabulary.ipynb #v002
 import json
 import reprlib
 from pathlib import Path
+
+from fastcore.basics import patch
 
 from .files import write_atomically
 
@@ -343,3 +313,34 @@ def save_huggingface(self: Tokenizer, path):
         "model": huggingface_bpe(self),
     }
     write_atomically(path, json.dumps(content, ensure_ascii=False))
+
+# %% ../nbs/reference/vocabulary.ipynb #itokeni
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+
+from .bpe import BatchEncoder, chunks  # noqa: F811
+
+# %% ../nbs/reference/vocabulary.ipynb #388ae18a
+@patch
+def encode_batch(
+    self: Tokenizer,
+    texts,               # iterable of str
+    allowed_special=(),  # special tokens that may stand in the texts, by name
+    device="cpu",        # where to compute
+):                       # list of lists of int
+    "`encode` for each of `texts`, all at once."
+    texts = list(texts)
+    if allowed_special:
+        return self.encode_allowing(texts, allowed_special, device)
+    if sum(map(len, texts)) < 4096:
+        return [self.encode(text) for text in texts]
+    if device not in self.encoders:
+        self.encoders[device] = BatchEncoder(self, device)
+    encoder = self.encoders[device]
+    answers = []
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        for chunk in chunks(texts, 1 << 16):
+            batch = encoder.learn_chars(chunk)
+            answers.append(pool.submit(encoder.encode, *batch))
+    return [ids for answer in answers for ids in answer.result()]

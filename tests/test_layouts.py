@@ -1,5 +1,8 @@
 "Padded, packed, nested: a search for lengths that make them differ, and the edges."
 
+import logging
+from itertools import accumulate
+
 import pytest
 import torch
 from hypothesis import find, given, settings
@@ -172,3 +175,20 @@ def test_documents_come_back_in_their_order():
         batch = layout(DOCS)
         for ours, doc in zip(batch.unbatch(batch.ids), DOCS, strict=True):
             assert torch.equal(ours, doc)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_nested_tensors_of_pytorch_have_no_causal_attention_on_a_cpu():
+    "Why Nested makes groups. If this fails, PyTorch has learnt something new."
+    for talker in ("torch.fx", "torch.nested"):
+        logging.getLogger(talker).setLevel(logging.ERROR)
+    x = torch.randn(14, 4, 8)  # (tokens, heads, d_head)
+    offsets = torch.tensor([0, *accumulate(Nested(DOCS).lengths)])
+    jagged = torch.nested.nested_tensor_from_jagged(x, offsets)
+    q = jagged.transpose(1, 2)  # (docs, heads, ragged, d_head)
+    found = F.scaled_dot_product_attention(q, q, q).transpose(1, 2)[1]
+    alone = x[1:4].transpose(0, 1)
+    right = F.scaled_dot_product_attention(alone, alone, alone).transpose(0, 1)
+    torch.testing.assert_close(found, right, rtol=0, atol=1e-6)
+    with pytest.raises(RuntimeError, match="No viable backend"):
+        F.scaled_dot_product_attention(q, q, q, is_causal=True)
