@@ -1,6 +1,7 @@
 """What needs more than one process or more than one host, and no lesson shows.
 
-Lesson 13 itself kills a host, pulls its cable, and counts bytes.
+Lesson 14 itself kills a host, pulls its cable, and counts bytes. The accidents of
+lesson 13 that take two processes happen here to the real trainer.
 """
 import json
 import shutil
@@ -8,7 +9,8 @@ import shutil
 import pytest
 from conftest import ROOT
 from hosts import Hosts, impossible
-from small_runs import losses
+from small_runs import GIVEN, RESULTS, everything, losses
+from small_runs import SHAPE as SMALL
 
 from minikl import train
 
@@ -150,3 +152,79 @@ def test_local_data_needs_a_vocabulary(tmp_path, script):
     done = script(train.main, *TINY, "--local_data", f"--out_dir={tmp_path}")
     assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
     assert "needs --vocab_dict_path" in done.stderr
+
+
+# ---- the accidents of lesson 13
+
+PATCHED = """
+import signal, sys, time
+from minikl import learner, train, trainer
+{code}
+train.main(sys.argv[1:])
+"""
+CLOCKS_DISAGREE = """
+clock = trainer.Run.clock
+trainer.Run.clock = lambda run: clock(run) - run.ranks.rank
+"""
+SIGNAL_TO_ONE = """
+step = learner.Learner.step
+
+def interrupted(self, documents, number, done):
+    if number == 5 and self.ranks.rank == 1:
+        signal.raise_signal(signal.SIGINT)
+    return step(self, documents, number, done)
+
+learner.Learner.step = interrupted
+"""
+COMES_LATE = """
+begin = trainer.begin
+
+def late(run):
+    time.sleep(run.ranks.rank)
+    return begin(run)
+
+trainer.begin = late
+"""
+
+
+@pytest.fixture
+def patched(tmp_path, torchrun):
+    "patched(code, *options): two processes train in tmp_path/out, with changed code."
+    def call(code, *options):   # CompletedProcess
+        path = tmp_path / "patched.py"
+        path.write_text(PATCHED.format(code=code))
+        common = [*SMALL, *GIVEN, "--batch_size=4", "--log_every=1", "--threads=1"]
+        return torchrun(path, *common, f"--out_dir={tmp_path}/out", *options)
+
+    return call
+
+
+def test_clocks_that_disagree_end_a_run_at_one_step(patched, tmp_path):
+    "By a second, in a run of two: each by its own clock, they would stop apart."
+    done = patched(CLOCKS_DISAGREE, "--minutes=0.03")
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "out" / "run.json").exists()
+
+
+def test_a_signal_to_one_process_stops_both(patched, tmp_path):
+    done = patched(SIGNAL_TO_ONE, "--max_steps=12")
+    assert done.returncode == 0, done.stderr
+    assert "stopped at step 6; --resume continues" in done.stderr
+    done = patched("", "--max_steps=12", "--resume")
+    assert done.returncode == 0, done.stderr
+    assert len(losses(tmp_path / "out")) == 12
+
+
+def test_a_process_that_comes_late_deletes_nothing(patched, tmp_path):
+    "In the folder of a finished run: its results stay, and then come the new ones."
+    assert patched("", "--max_steps=6").returncode == 0
+    before = everything(tmp_path / "out")
+    done = patched(COMES_LATE + SIGNAL_TO_ONE, "--max_steps=12", "--seed=1")
+    assert "stopped at step 6" in done.stderr, done.stderr
+    assert everything(tmp_path / "out") == before
+    done = patched(COMES_LATE, "--max_steps=12", "--seed=1", "--resume")
+    assert done.returncode == 0, done.stderr
+    assert len(losses(tmp_path / "out")) == 12
+    after = everything(tmp_path / "out")
+    assert {*RESULTS} <= after.keys()
+    assert after["model.safetensors"] != before["model.safetensors"]

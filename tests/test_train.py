@@ -8,11 +8,13 @@ import os
 import shutil
 import signal
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from small_runs import (
+    GIVEN,
     OLD,
     RESULTS,
     TINY,
@@ -32,7 +34,10 @@ from minikl import data, files, parallel, prepare, train, trainer
 from minikl.checkpoint import checksums
 from minikl.corpora import CORPORA, CannotFetch
 from minikl.folder import RunFolder
+from minikl.layouts import Nested
 from minikl.model import MiniKL, write_weights
+from minikl.options import Options
+from minikl.record import Recorder
 from minikl.step import Precision
 
 pytestmark = pytest.mark.usefixtures("home")
@@ -300,6 +305,25 @@ def test_an_extension_that_diverges_at_once_still_extends(run, tmp_path, monkeyp
     assert "continuing from" in said and metrics(tmp_path / "out")[-1]["step"] == 12
 
 
+def test_a_run_does_not_go_on_with_other_data(run, script, tmp_path, monkeypatch):
+    "Somebody has added a document to the file; the vocabulary is given and the same."
+    longer = tmp_path / "longer.jsonl"
+    text = (OLD / "data.jsonl").read_text(encoding="utf-8")
+    longer.write_text(text + text.splitlines()[0] + "\n", encoding="utf-8")
+    other = [arg for arg in GIVEN if "data_jsonl_path" not in arg]
+    other = [*TINY, "--max_steps=8", *other, f"--data_jsonl_path={longer}"]
+    well(run("whole"))
+    with monkeypatch.context() as patched:
+        interrupt_at(patched, 4, signal.SIGINT)
+        assert run("out").returncode == 130
+    before = everything(tmp_path / "out")
+    done = script(train.main, *other, f"--out_dir={tmp_path}/out", "--resume")
+    one_line(done, "is of another run: data and vocabulary=")
+    assert everything(tmp_path / "out") == before
+    well(run("out", "--resume"))
+    assert result(tmp_path / "out") == result(tmp_path / "whole")
+
+
 def test_a_run_that_was_never_saved_hides_no_finished_one(run, tmp_path, monkeypatch):
     well(run("out"))
     with monkeypatch.context() as patched:
@@ -475,6 +499,49 @@ def test_results_of_a_full_disk_name_the_file_and_come_with_resume(
         one_line(run("out"), f"{path}: No space left on device")
     well(run("out", "--resume"))
     assert result(tmp_path / "out") == result(tmp_path / "whole")
+
+
+# ---- what a line of metrics covers
+
+
+def lines_of(tmp_path, lr, **length):   # (Run, its lines of metrics)
+    "Train without a folder of results, on the toy corpus."
+    options = Options()
+    options.model = replace(options.model, d_model=8, num_heads=2, num_kv_heads=1)
+    options.data.corpus = "toy"
+    options.run = replace(options.run, out_dir=str(tmp_path / "out"), **length)
+    options.learning = replace(options.learning, batch_size=4, lr=lr, muon_lr=lr)
+    run = trainer.Run(options, parallel.Ranks(threads=1))
+    run.recorder = Recorder(options.run, {}, run.lines)
+    try:
+        run.train()
+    finally:
+        run.recorder.close()
+    return run, [line for line in run.lines if "text" not in line]
+
+
+def test_every_token_is_in_one_line(tmp_path):
+    "With rates of 0 the weights stay as they are, and losses are known from outside."
+    run, lines = lines_of(tmp_path, 0.0, max_steps=6, log_every=4, eval_every=3)
+    assert [line["step"] for line in lines] == [3, 4, 6]
+    for line, first in ((lines[1], 0), (lines[2], 4)):
+        docs = []
+        for step in range(first, line["step"]):
+            docs += run.data.documents.batch(step, 4, 0)
+        summed, n_targets = run.learner.model.loss(Nested(docs))
+        mean = float(summed.detach() / n_targets)
+        assert line["loss"] == pytest.approx(mean, rel=1e-5)
+    assert lines[0]["bits_per_char"] == pytest.approx(run.bits_per_char(), rel=1e-6)
+    assert lines[2]["tokens"] == run.progress.tokens
+
+
+def test_a_run_shorter_than_a_step_takes_one(tmp_path):
+    _, lines = lines_of(tmp_path, 0.02, minutes=1e-6)
+    assert [line["step"] for line in lines] == [1]
+
+
+def test_a_rate_that_is_far_too_high_is_one_line(run):
+    one_line(run("out", "--lr=1e30", "--max_steps=20"), "lower --lr and --muon_lr")
 
 
 # ---- several processes, as far as one can tell in one
