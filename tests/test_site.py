@@ -79,7 +79,8 @@ def test_site_has_a_page_for_each_lesson(site):
 BAD_PAGES = {   # what stands on a page: what the builder says of it
     '<a href="none.html">x</a>': "none.html leads nowhere",
     '<a href="#none">x</a>': "#none has no such place",
-    '<img src="https://a.example/x.png">': "loads https://a.example/x.png",
+    '<img alt="x" src="https://a.example/x.png">': "loads https://a.example/x.png",
+    '<img src="here.png">': "1 pictures say nothing (alt)",
     "<p>Call self as a function.</p>": "an entry that says nothing",
     f"<p>{ROOT}/x.py</p>": "a path of the machine",
     "<p>[`x`](y)</p>": "a link that was not rendered",

@@ -65,14 +65,31 @@ def is_setup(code):   # bool
     )
 
 
+def alt_text(code, heading):   # str
+    "What a drawing shows, for those who cannot see it: its axes and its section."
+    axes = []
+    for name in ("ylabel", "xlabel"):
+        found = re.search(rf"{name}[=(]\s*f?[\"']([^\"']*)", code)
+        axes += [found[1]] if found else []
+    return ": ".join(["Figure", heading, " over ".join(axes)]).removesuffix(": ")
+
+
 def fold_and_name(path):
-    "Fold the cells that import, and give each definition a name to link to."
+    """Fold the cells that import, say what drawings show, and give each definition a
+    name to link to."""
     notebook = json.loads(path.read_text(encoding="utf-8"))
     cells = []
+    heading = ""
     for cell in notebook["cells"]:
         code = "".join(cell["source"])
-        if cell["cell_type"] == "code" and is_setup(code):
+        if cell["cell_type"] == "markdown":
+            headings = re.findall(r"^#+ (.*)$", code, re.M)
+            heading = headings[-1].replace('"', "") if headings else heading
+        elif cell["cell_type"] == "code" and is_setup(code):
             cell["source"] = f"{FOLD}{code}"
+        elif "image/png" in json.dumps(cell.get("outputs", [])):
+            alt = json.dumps(alt_text(code, heading), ensure_ascii=False)
+            cell["source"] = f"#| fig-alt: {alt}\n{code}"
         if cell["cell_type"] == "code":
             anchors = [f'<a id="{name}"></a>' for name in defined_names(code)]
             if anchors:
@@ -200,6 +217,7 @@ class Page(HTMLParser):
         self.names = set()
         self.text = []
         self.programs = 0   # how many <pre>, <script> and <style> are open
+        self.n_silent = 0   # pictures without a word
         self.feed(path.read_text(encoding="utf-8"))
 
     def handle_starttag(self, tag, attributes):
@@ -212,6 +230,7 @@ class Page(HTMLParser):
             self.loads.append(values["href"])
         if values.get("src"):
             self.loads.append(values["src"])
+        self.n_silent += tag == "img" and not values.get("alt")
 
     def handle_endtag(self, tag):
         self.programs -= tag in ("pre", "script", "style")
@@ -231,6 +250,8 @@ def faults(site):   # list of lines: page, what is wrong
         for trace, meaning in TRACES.items():
             if trace in text:
                 found.append(f"{name}: {meaning}: {trace}")
+        if page.n_silent:
+            found.append(f"{name}: {page.n_silent} pictures say nothing (alt)")
         for link in page.loads:
             if urlsplit(link).netloc:
                 found.append(f"{name}: loads {link}")
