@@ -22,7 +22,7 @@ def micro_batches(
     n_ranks,  # processes
     n_parts,  # micro-batches of each process
 ):            # list of `n_parts` lists of documents
-    "This rank's documents, as many tokens in each micro-batch of each rank as can be."
+    "Documents of this rank; all micro-batches get about equally many tokens."
     # the longest first, each to the smallest part: Graham 1969, doi:10.1137/0117039
     parts = [[] for _ in range(n_ranks * n_parts)]
     sizes = [0] * len(parts)
@@ -34,7 +34,7 @@ def micro_batches(
 
 # %% ../nbs/11_ddp.ipynb #c039
 class Objective(nn.Module):
-    "The loss as a `forward`: DDP exchanges the gradients only of what that computes."
+    "The loss as a `forward`: DDP exchanges the gradients only of what it computes."
 
     def __init__(self, model):
         super().__init__()
