@@ -70,6 +70,32 @@ def test_no_class_is_defined_twice():
     assert not {name: stems for name, stems in lessons_of.items() if len(stems) > 1}
 
 
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.stem)
+def test_the_first_cell_is_title_and_summary(path):
+    "nbdev drops what else stands in it."
+    lines = "".join(cells(path)[0]["source"]).splitlines()
+    assert lines[0].startswith("# ")
+    assert [line for line in lines[1:] if line and not line.startswith("> ")] == []
+
+
+@pytest.mark.parametrize("path", [*LESSONS, *PAGES], ids=lambda path: path.stem)
+def test_what_a_page_exports_is_shown(path):
+    "`#| export` hides a cell on the site; imports may be hidden, definitions not."
+    for cell in cells(path):
+        code = "".join(cell["source"])
+        is_hidden = cell["cell_type"] == "code" and re.match(r"#\| export( |\n)", code)
+        assert not (is_hidden and re.search(r"^(def|class) ", code, re.M)), code
+
+
+@pytest.mark.parametrize("path", LESSONS, ids=lambda path: path.stem)
+def test_a_lesson_says_what_it_is_about(path):
+    "In Chinese and in English, what one needs to know, and how long it takes."
+    texts = [cell["source"] for cell in cells(path) if cell["cell_type"] == "markdown"]
+    beginning = "".join("".join(text) for text in texts[:6])
+    for part in ("**导读", "**The question.**", "**You need**", "**It takes**"):
+        assert part in beginning, part
+
+
 # ---- the first reader
 
 PART_ONE = [path for path in LESSONS if "01" <= path.stem[:2] <= "07"]
