@@ -96,6 +96,11 @@ def check_merge_some(merge_some):
         if way not in ways:
             cut = f"p=0.5 never makes {_numbers(way)} of {_numbers(piece)}"
             return f"{cut}, in 300 times"
+    once = "\0\0\3\5"  # aa is left out in two rounds, ab in neither: 1 in 8
+    n_times = sum(merge_some(piece, TOY_MERGES, 0.5, rng) == once for _ in range(2000))
+    if not 150 < n_times < 350:
+        said = f"p=0.5 makes {_numbers(once)} of {_numbers(piece)} {n_times} times"
+        return f"{said} in 2,000, and should about 250 times: each round draws again"
     if len(ways) > 4:
         return f"p=0.5 cuts {_numbers(piece)} in {len(ways)} ways; there are 4"
 

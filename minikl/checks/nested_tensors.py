@@ -99,6 +99,9 @@ def check_left_padded(left_padded):
         def attend(q, k, v, mask=mask):
             return causal_attention(q, k, v, mask)
 
+        for i, n in enumerate(lengths):
+            if ids[i, :-n].any() or positions[i, :-n].any():
+                return f"lengths {lengths}: ids or positions of padding are not 0"
         rows = model(ids, positions, attend)
         if rows.isnan().any():
             return f"lengths {lengths}: some logits are not numbers"
