@@ -227,19 +227,17 @@ def loss(
     """Loss of a batch, a sum and not a mean: sums of parts add up to the sum of the
     whole. `UserError` for a document longer than `max_seq_len`."""
     longest = max(batch.lengths)
-    limit = self.config.max_seq_len
-    if longest > limit:
-        message = f"a document of {longest} tokens does not fit max_seq_len={limit}"
-        raise UserError(message)
+    if longest > self.config.max_seq_len:
+        limit = f"max_seq_len={self.config.max_seq_len}"
+        raise UserError(f"a document of {longest} tokens does not fit {limit}")
     hidden = self.hidden(batch.ids, batch.positions, batch.attend).flatten(0, -2)
     targets = batch.targets.flatten()
     if sum(batch.lengths) < len(targets):  # padding needs no output layer
         is_real = targets != IGNORE
-        hidden = hidden[is_real]
-        targets = targets[is_real]
-    with_gradients = torch.is_grad_enabled()
+        hidden, targets = hidden[is_real], targets[is_real]
     weight = self.output_weight
-    total = ChunkedCrossEntropy.apply(hidden, weight, targets, with_gradients)
+    is_training = torch.is_grad_enabled()
+    total = ChunkedCrossEntropy.apply(hidden, weight, targets, is_training)
     return total, (batch.targets != IGNORE).sum()
 
 # %% ../nbs/reference/weights.ipynb #w002
