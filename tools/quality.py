@@ -186,7 +186,6 @@ PACKED = {"blocks": True, "max_seq_len": BLOCK}
 # from the default, one thing changed
 ONE_OUT = {
     "padded": {"layout": "padded"},
-    "AdamW": {"optimizer": "adamw", "lr": 3e-3},
     "constant": {"final": 1.0},
     "batch 16": {"batch_size": 16},
     "batch 64": {"batch_size": 64},
