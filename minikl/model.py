@@ -230,6 +230,9 @@ def loss(
         raise UserError(message)
     hidden = self.hidden(batch.ids, batch.positions, batch.attend).flatten(0, -2)
     targets = batch.targets.flatten()
+    if len(targets) > sum(batch.lengths):  # padding needs no logits
+        real = targets != IGNORE
+        hidden, targets = hidden[real], targets[real]
     with_gradients = torch.is_grad_enabled()
     weight = self.output_weight
     total = ChunkedCrossEntropy.apply(hidden, weight, targets, with_gradients)
