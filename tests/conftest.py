@@ -24,10 +24,9 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 # parts of names of tests that take long, in this order: they begin first
 LONGEST = (
-    "lesson_runs[13", "lesson_runs[08_", "lesson_runs[01", "lesson_runs[12",
-    "lesson_runs[14", "lesson_runs[08b", "lesson_runs[10", "lesson_runs[07",
-    "jupyterlab", "every_page", "lesson_runs[11", "killed_runs", "broken_resume",
-    "lesson_runs",
+    "runs[nbs-13", "runs[nbs-12", "runs[nbs-11", "jupyterlab", "runs[nbs-15",
+    "runs[nbs-14", "runs[nbs-00", "every_page", "runs[nbs-06", "runs[nbs-07",
+    "killed_runs", "broken_resume", "lesson_runs",
     "no_process_ever", "slower_than", "hosts", "each_host_reads", "wheel",
     "of_any_rank", "on_one_rank", "all_find", "compiled_blocks", "any_jsonl",
     "two_processes", "without_network", "checkpoint_goes_on", "plan_measures",
