@@ -191,29 +191,39 @@ def lab(tmp_path_factory):   # str: address
     server.wait(30)
 
 
-@needs_browser
-@pytest.mark.parametrize("name", ["00_first_verse", "03_rope", "05_model"])
-def test_a_lesson_runs_in_jupyterlab(name, lab, browser):
-    "From top to bottom, by the menu; then no cell has an error, and all have run."
-    address, folder = lab
-    page = browser.new_page(viewport={"width": 1400, "height": 900})
-    page.goto(f"{address}/lab/tree/{name}.ipynb?reset")
-    page.wait_for_selector(".jp-Notebook .jp-Cell", timeout=120_000)
-    page.wait_for_selector('.jp-Notebook-ExecutionIndicator[data-status="idle"]',
-                           timeout=120_000)
+def run_all(page):
     page.get_by_role("menuitem", name="Run", exact=True).click()
     page.get_by_role("menuitem", name=re.compile("^Run All Cells")).click()
-    path = folder / f"{name}.ipynb"
-    deadline = time.time() + 400
-    while True:
-        page.wait_for_timeout(2000)
-        page.keyboard.press("Control+s")
-        cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
-        code = [cell for cell in cells if cell["cell_type"] == "code"]
-        code = [cell for cell in code if cell["source"]]
-        if all(cell["execution_count"] for cell in code) or time.time() > deadline:
-            break
-    page.close()
-    assert all(cell["execution_count"] for cell in code)
-    kinds = {output["output_type"] for cell in code for output in cell["outputs"]}
-    assert kinds and "error" not in kinds
+
+
+def saved_code(page, path):   # list of code cells that are not empty
+    page.wait_for_timeout(2000)
+    page.keyboard.press("Control+s")
+    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    return [cell for cell in cells if cell["cell_type"] == "code" and cell["source"]]
+
+
+@needs_browser
+def test_three_lessons_run_in_jupyterlab(lab, browser):
+    "From top to bottom, by the menu; then no cell has an error, and all have run."
+    address, folder = lab
+    idle = '.jp-Notebook-ExecutionIndicator[data-status="idle"]'
+    for name in ("00_first_verse", "03_rope", "05_model"):
+        page = browser.new_page(viewport={"width": 1400, "height": 900})
+        page.goto(f"{address}/lab/tree/{name}.ipynb?reset")
+        page.wait_for_selector(".jp-Notebook .jp-Cell", timeout=120_000)
+        page.wait_for_selector(idle, timeout=120_000)
+        deadline = time.time() + 400
+        asked = 0
+        missing = n_cells = 1
+        while missing and time.time() < deadline:
+            if missing == n_cells and time.time() > asked + 60:
+                run_all(page)   # again, where the first click came too early
+                asked = time.time()
+            code = saved_code(page, folder / f"{name}.ipynb")
+            n_cells = len(code)
+            missing = sum(not cell["execution_count"] for cell in code)
+        page.close()
+        outputs = [output for cell in code for output in cell["outputs"]]
+        errors = [output for output in outputs if output["output_type"] == "error"]
+        assert not errors and not missing, (name, missing, errors)
