@@ -44,24 +44,25 @@ def prepare():   # Path of the folder with the prepared notebooks
     return Path(proc_nbs(n_workers=0, force=True))
 
 
-def defined_names(code):   # names of the functions and classes that a cell defines
+def statements(code):   # list of syntax nodes
     try:
-        nodes = ast.parse(code).body
+        return ast.parse(code).body
     except SyntaxError:   # a magic
         return []
+
+
+def defined_names(nodes):   # names of the functions and classes that a cell defines
     kinds = ast.FunctionDef, ast.ClassDef
     return [node.name for node in nodes if isinstance(node, kinds)]
 
 
-def is_setup(code):   # bool
+def is_setup(nodes):   # bool
     "Whether a cell only imports and sets: a reader may leave it folded."
-    try:
-        nodes = ast.parse(code).body
-    except SyntaxError:
-        return False
-    return bool(nodes) and isinstance(nodes[0], (ast.Import, ast.ImportFrom)) and all(
-        isinstance(node, (ast.Import, ast.ImportFrom, ast.Expr, ast.Assign))
-        for node in nodes
+    imports = ast.Import, ast.ImportFrom
+    return (
+        bool(nodes)
+        and isinstance(nodes[0], imports)
+        and all(isinstance(node, (*imports, ast.Expr, ast.Assign)) for node in nodes)
     )
 
 
@@ -82,19 +83,19 @@ def fold_and_name(path):
     heading = ""
     for cell in notebook["cells"]:
         code = "".join(cell["source"])
+        nodes = statements(code) if cell["cell_type"] == "code" else []
         if cell["cell_type"] == "markdown":
             headings = re.findall(r"^#+ (.*)$", code, re.M)
             heading = headings[-1].replace('"', "") if headings else heading
-        elif cell["cell_type"] == "code" and is_setup(code):
+        elif is_setup(nodes):
             cell["source"] = f"{FOLD}{code}"
         elif "image/png" in json.dumps(cell.get("outputs", [])):
             alt = json.dumps(alt_text(code, heading), ensure_ascii=False)
             cell["source"] = f"#| fig-alt: {alt}\n{code}"
-        if cell["cell_type"] == "code":
-            anchors = [f'<a id="{name}"></a>' for name in defined_names(code)]
-            if anchors:
-                text = {"cell_type": "markdown", "id": f"{cell['id']}-a"}
-                cells.append({**text, "metadata": {}, "source": "".join(anchors)})
+        anchors = "".join(f'<a id="{name}"></a>' for name in defined_names(nodes))
+        if anchors:
+            text = {"cell_type": "markdown", "id": f"{cell['id']}-a"}
+            cells.append({**text, "metadata": {}, "source": anchors})
         cells.append(cell)
     notebook["cells"] = cells
     path.write_text(json.dumps(notebook, ensure_ascii=False), encoding="utf-8")
