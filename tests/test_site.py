@@ -13,6 +13,7 @@ from functools import partial
 
 import pytest
 from conftest import ROOT
+from processes import free_port
 from test_project import ENTRIES, LESSONS, PAGES, SOLUTIONS
 
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
@@ -158,12 +159,6 @@ def test_hints_are_folded_and_open(site, browser):
 
 
 # ---- JupyterLab
-
-
-def free_port():
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
 
 
 @pytest.fixture(scope="module")

@@ -5,9 +5,10 @@ a run starts in a tenth of a second instead of several.
 """
 import multiprocessing
 import os
-import socket
 import subprocess
 import sys
+
+from processes import free_port
 
 WAYS = multiprocessing.get_all_start_methods()
 CONTEXT = multiprocessing.get_context("forkserver" if "forkserver" in WAYS else "spawn")
@@ -19,9 +20,7 @@ def run(
     folder,     # where what the processes print is kept
 ):              # CompletedProcess; its exit code is the first that is not 0
     "Train with two processes."
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     arguments = list(arguments)
     ranks = [
         CONTEXT.Process(target=begin, args=(rank, port, arguments, folder))

@@ -7,12 +7,12 @@ rank, with the variables that torchrun would set.
 """
 import inspect
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import torch
+from processes import free_port
 
 ROOT = Path(__file__).resolve().parent.parent
 HEAD = """
@@ -42,14 +42,12 @@ def start_ranks(folder, n_ranks, work, *helpers, **environment):
     tail = TAIL.format(name=work.__name__)
     script = folder / f"{work.__name__}.py"
     script.write_text(f"{HEAD}\nfolder = Path({str(folder)!r})\n{functions}\n{tail}")
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]  # one that is free
     environment = {
         **os.environ,
         "PYTHONPATH": str(ROOT),
         "WORLD_SIZE": str(n_ranks),
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
+        "MASTER_PORT": str(free_port()),
         "CUDA_VISIBLE_DEVICES": "",
         **environment,
     }

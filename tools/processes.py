@@ -3,11 +3,17 @@
     said = finished(python("minikl/train.py", "--max_steps=3", n_ranks=2))
 """
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+
+
+def free_port():   # int, of this computer
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return server.getsockname()[1]
 
 
 def python(*arguments, n_ranks=0, **environment):   # Popen
