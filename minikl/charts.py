@@ -18,7 +18,7 @@ import matplotlib
 import numpy
 from markupsafe import Markup
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
+from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from .recorded import bits_of, stretch_medians
 
@@ -27,7 +27,7 @@ COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00")
 DRAWING = {
     "svg.fonttype": "none",
     "text.parse_math": False,
-    "font.size": 10,
+    "font.size": 11.5,
     "axes.spines.top": False,
     "axes.spines.right": False,
 }
@@ -58,8 +58,12 @@ def finish_axes(axes, label, scale):
     axes.set(xlabel="tokens read", ylabel=label, yscale=scale)
     axes.xaxis.set_major_formatter(EngFormatter())
     if scale == "log":
+        lowest, highest = axes.get_ylim()
+        locator = LogLocator(subs=(1, 2, 5))
+        if highest < 5 * lowest:
+            locator = MaxNLocator(5, steps=(1, 2, 5, 10))
         axes.yaxis.set(
-            major_locator=LogLocator(subs=(1, 1.5, 2, 3, 5, 7)),
+            major_locator=locator,
             major_formatter="{x:g}",
             minor_formatter=NullFormatter(),
         )
@@ -72,11 +76,11 @@ def draw_baselines(axes, run):
         axes.axhline(bits, color=GREY_LINE, linestyle=":", linewidth=1)
         axes.annotate(
             name,
-            (1, bits),
+            (0.02, bits),
             xycoords=("axes fraction", "data"),
-            ha="right",
+            ha="left",
             va="bottom" if name == "bigram" else "top",
-            fontsize=8,
+            fontsize=10,
             color=GREY_LINE,
         )
 
@@ -99,13 +103,13 @@ def draw_loss(axes, runs):
             "o--",
             color=color,
             markersize=3.5,
-            linewidth=0.8,
+            linewidth=1,
             label=None if several else "held-out",
         )
     draw_baselines(axes, runs[0])
-    finish_axes(axes, "bits per character", "log")
     axes.margins(y=0.12)
-    axes.legend(frameon=False)
+    finish_axes(axes, "bits per character", "log")
+    axes.legend(frameon=False, fontsize=10)
 
 # %% ../nbs/reference/charts.ipynb #r036c
 def draw_metric(axes, runs, name, label, scale="linear", limit=None):
@@ -113,7 +117,7 @@ def draw_metric(axes, runs, name, label, scale="linear", limit=None):
     for run, color in zip(runs, cycle(COLORS), strict=False):
         tokens = [line["tokens"] for line in run.training]
         values = [line[name] for line in run.training]
-        axes.plot(tokens, values, color=color, linewidth=1)
+        axes.plot(tokens, values, color=color, linewidth=1.3)
     if limit:
         axes.axhline(limit, color=GREY_LINE, linestyle=":")
     finish_axes(axes, label, scale)
@@ -135,7 +139,7 @@ def draw_ruler(axes, runs):
     )
     axes.bar_label(drawn, fmt="%.2f", padding=3)
     axes.margins(x=0.2)
-    axes.set(xlabel="held-out bits per character (less is better)")
+    axes.set(xlabel="held-out bits per character")
 
 # %% ../nbs/reference/charts.ipynb #b034
 LAYOUT_COLORS = {

@@ -22,7 +22,7 @@ STYLE = """
 body { margin: 0; background: var(--paper); color: var(--ink);
   font: 16px/1.55 system-ui, "PingFang SC", "Noto Sans CJK SC", sans-serif }
 main { max-width: 70rem; margin: auto; padding: 1.5rem 1.2rem 3rem }
-main, td, h1, h2 { overflow-wrap: anywhere }
+main { overflow-wrap: anywhere }
 h1 { font-size: clamp(1.5rem, 4vw, 2.2rem); line-height: 1.25; margin: .5rem 0 }
 h2 { font-size: 1.25rem; margin: 2.5rem 0 .5rem }
 .soft, figcaption, summary, dt { color: var(--soft) }
@@ -33,13 +33,14 @@ h2 { font-size: 1.25rem; margin: 2.5rem 0 .5rem }
 # %% ../nbs/reference/page.ipynb #pg071
 STYLE += """
 .verse { margin: 1.5rem 0; white-space: pre-wrap;
-  font: clamp(1.25rem, 2.6vw, 1.65rem)/1.8 Georgia, "Songti SC", STSong,
+  font: clamp(1.3rem, 2.8vw, 1.8rem)/1.8 Georgia, "Songti SC", STSong,
     "Noto Serif CJK SC", "Source Han Serif SC", SimSun, serif }
 .steps .verse { font-size: 1.05rem; line-height: 1.65; margin: .3rem 0 }
 .prompt { color: var(--soft) }
 .cut::after { content: " …"; color: var(--soft) }
-.held-out { margin: 0; font-size: 1.1rem }
-.held-out b { font-size: clamp(3rem, 9vw, 4.5rem); line-height: 1; margin-right: .3rem }
+.held-out { margin: 1rem 0 0; display: flex; gap: .8rem; align-items: center }
+.held-out strong { font-size: clamp(3.2rem, 9vw, 4.5rem); line-height: 1 }
+.held-out { overflow-wrap: normal; line-height: 1.3 }
 .finding { border-left: .25rem solid var(--accent); padding-left: .8rem }
 .advice { border-color: var(--note) } .fine { border-color: var(--ok) }
 .figures { grid-template-columns: repeat(auto-fit, minmax(8rem, 1fr)); gap: .8rem }
@@ -55,11 +56,12 @@ dl, dd, figure { margin: 0 } dt { font-size: .85rem }
   border: 1px solid var(--line); padding: .8rem }
 svg { display: block; width: 100%; height: auto; fill: currentColor }
 figcaption { font-size: .95rem; margin-top: .5rem }
-.wide { overflow-x: auto; overflow-wrap: normal }
-table { border-collapse: collapse } ul { margin: 0; padding-left: 1.1rem }
-td, th { text-align: left; vertical-align: top; border-top: 1px solid var(--line) }
-td, th { padding: .25rem 1rem .25rem 0 }
-pre { white-space: pre-wrap; background: var(--card); border: 1px solid var(--line) }
+table { border-collapse: collapse; font-size: .9rem; width: 100% }
+ul { margin: 0; padding-left: 1.1rem }
+td { vertical-align: top; border-top: 1px solid var(--line);
+  padding: .25rem 1rem .25rem 0 }
+td:first-child { overflow-wrap: normal; width: 1% }
+pre { overflow-x: auto; background: var(--card); border: 1px solid var(--line) }
 pre { border-radius: .5rem; padding: .8rem; margin: .5rem 0 }
 @media (min-width: 60rem) { .alone { display: grid; column-gap: 3rem;
   grid-template-columns: 1fr 1fr } .alone header { grid-column: 1 / 3 } }
@@ -97,8 +99,8 @@ PAGE += """
 {{- text(last) }}</blockquote>{% endif %}
 <div>
 {% if run|held_out is not none %}
-<p class="held-out"><b>{{ "%.2f"|format(run|held_out) }}</b>
-bits per character of held-out text</p>
+<p class="held-out"><strong>{{ "%.2f"|format(run|held_out) }}</strong>
+<span>bits per character<br>of held-out text<br>(less is better)</span></p>
 <p>{{ run|say_held_out }}</p>{% endif %}
 {% for name, (english, chinese) in run.findings.items() %}
 <p class="finding {{ 'advice' if name in advice }}">{{ english }}.
@@ -135,7 +137,7 @@ PAGE += """
 {% if loop.last and loop.index > 1 %}</details>{% endif %}
 {% endfor %}{% endif %}{% endfor %}
 {% for run in runs %}
-<h2>Once more{% if several %}: {{ run.name }}{% endif %}</h2>
+<h2>Run it again{% if several %}: {{ run.name }}{% endif %}</h2>
 {% if run|command_of %}<pre><code>{{ run|command_of }}</code></pre>{% endif %}
 <details><summary>Settings and results</summary>{{ rows(run|results_of) }}</details>
 <details><summary>All options</summary>{{ rows(run.options) }}</details>

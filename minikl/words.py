@@ -54,7 +54,7 @@ def duration(seconds):  # text
     for length, unit in ((86400, "days"), (3600, "hours"), (60, "minutes")):
         if seconds >= 1.5 * length:
             return f"{number(round(seconds / length, 1))} {unit}"
-    return f"{number(round(seconds, 1))} seconds"
+    return f"{number(round(seconds))} seconds"
 
 def joined(parts):  # text
     "a, b and c."
@@ -63,7 +63,7 @@ def joined(parts):  # text
 
 # %% ../nbs/reference/words.ipynb #pg030
 def file_names(paths):  # list of text
-    "The last parts of paths: where a file lies on a disk is nobody's business."
+    "The last parts of paths."
     if not isinstance(paths, list):
         paths = [paths] if isinstance(paths, str) else []
     return [re.split(r"[\\/]", str(path))[-1] for path in paths]
@@ -137,8 +137,8 @@ def command_of(run):  # text; "" where it is not recorded
     "The command that makes the same run from its beginning."
     command = run.settings.get("command")
     try:
-        first, *rest = shlex.split(command)
-    except (TypeError, ValueError, AttributeError):
+        first, *rest = shlex.split(str(command or ""))
+    except ValueError:   # nothing there, or quotes that do not match
         return ""
     n = run.settings.get("processes")
     program = [first]
@@ -236,8 +236,8 @@ def say_speed(run):  # text
     "What one sees in the chart of speed."
     speed = [line["tokens_per_s"] for line in run.training]
     return (
-        f"Half of the time it learnt from more than {short(median(speed))} tokens per "
-        f"second; the slowest line has {short(min(speed))}."
+        f"Half of the lines show more than {short(median(speed))} tokens per second; "
+        f"the slowest shows {short(min(speed))}."
     )
 
 def say_rate(run):  # text
@@ -245,8 +245,8 @@ def say_rate(run):  # text
     rates = [line["lr"] for line in run.training]
     step = run.training[rates.index(max(rates))]["step"]
     return (
-        f"The learning rate was highest at step {number(step)}, {short(max(rates))}, "
-        f"and {short(rates[-1])} in the last line."
+        f"The learning rate was highest, {short(max(rates))}, at step {number(step)}, "
+        f"and ended at {short(rates[-1])}."
     )
 
 # %% ../nbs/reference/words.ipynb #pg060
