@@ -109,7 +109,8 @@ def draw_loss(axes, runs):
     draw_baselines(axes, runs[0])
     axes.margins(y=0.12)
     finish_axes(axes, "bits per character", "log")
-    axes.legend(frameon=False, fontsize=10)
+    place = {"loc": "lower left", "bbox_to_anchor": (0, 1)}   # above the curves
+    axes.legend(frameon=False, fontsize=10, **place)
 
 # %% ../nbs/reference/charts.ipynb #r036c
 def draw_metric(axes, runs, name, label, scale="linear", limit=None):
