@@ -30,8 +30,16 @@ from .files import STOP, UserError, handled
 from .folder import RESULTS, RunFolder
 from .learner import Learner
 from .options import check
+from .parallel import device_name
 from .prepare import read_data, sample_beginnings
-from .record import Progress, Recorder, plot_run, say, to_json_lines
+from minikl.record import (
+    Progress,
+    Recorder,
+    plot_run,
+    say,
+    time_stamp,
+    to_json_lines,
+)
 from .resume import begin
 
 # %% ../nbs/13_train.ipynb #c085b
@@ -77,6 +85,7 @@ class PreparedRun:
         self.lines = []  # of metrics and samples; the first process has them
         self.recorder = None
         self.started = time.perf_counter()
+        self.began = time_stamp()  # of the first start, after --resume too
 
     def count_steps(self):  # infinity where only the minutes count
         run = self.options.run
@@ -114,11 +123,13 @@ class PreparedRun:
             "baselines": self.data.baselines,
             "parameters": sum(weight.numel() for weight in weights),
             "device": self.ranks.device.type,
+            "device_name": device_name(self.ranks.device),
             "dtype": self.learner.precision.name,
             "processes": self.ranks.world,
             "threads": torch.get_num_threads(),
             "torch": torch.__version__,
             "python": platform.python_version(),
+            "started": self.began,
         }
 
     @contextmanager
@@ -161,6 +172,7 @@ class PreparedRun:
         "What a finished run leaves."
         result = {
             **self.settings(),
+            "ended": time_stamp(),
             "held_out_characters": self.data.held_out.n_chars,
             "bits_per_char": compare,
             "training_seconds": self.progress.seconds,
