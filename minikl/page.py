@@ -65,6 +65,8 @@ pre { overflow-x: auto; background: var(--card); border: 1px solid var(--line) }
 pre { border-radius: .5rem; padding: .8rem; margin: .5rem 0 }
 @media (min-width: 60rem) { .alone { display: grid; column-gap: 3rem;
   grid-template-columns: 1fr 1fr } .alone header { grid-column: 1 / 3 } }
+@media (max-width: 60rem) { .alone { display: flex; flex-direction: column }
+  .alone .verse { order: 1 } }
 """
 
 # %% ../nbs/reference/page.ipynb #pg072
