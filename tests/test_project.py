@@ -140,7 +140,7 @@ def test_part_one_is_read_in_a_weekend():
 MODULES = (
     "files jsonl bpe tokenizer data rope attention layouts limits model step "
     "generate parallel checkpoint corpora options record prepare folder learner "
-    "resume trainer plan train recorded charts report bench llama"
+    "resume trainer plan train recorded charts report bench llama rhyme form"
 ).split()
 
 
