@@ -38,7 +38,8 @@ def poem(chance, scheme="AA-A", lengths=(5, 5, 7, 5), filler=FILLER):
     for length, letter in zip(lengths, scheme, strict=True):
         line = chance.choices(filler, k=length - 1)
         ending = filler if letter == "-" else rhymes[ord(letter) - ord("A")]
-        text += "".join(line) + chance.choice(ending) + ("，" if letter == "-" else "。")
+        mark = "，" if letter == "-" else "。"
+        text += "".join(line) + chance.choice(ending) + mark
     return text
 
 
