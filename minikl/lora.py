@@ -132,6 +132,7 @@ def base_hash(model):  # 64 hex digits
         total.update(weight.numpy())
     return total.hexdigest()
 
+# %% ../nbs/21_lora.ipynb #l034b
 @dataclass
 class Adapter:
     "All that an adapter is, away from its model."
@@ -153,6 +154,7 @@ def adapter_of(model):  # Adapter
         weights[f"{name}.B"] = layer.B.detach().clone()
     return Adapter(layer.rank, layer.alpha, base_hash(model), weights)
 
+# %% ../nbs/21_lora.ipynb #l035b
 def save_adapter(
     model,  # MiniKL with an adapter
     path,   # safetensors file to write, whole or not at all
@@ -201,20 +203,23 @@ def use_adapter(
 def read_adapter(
     path,  # file of `save_adapter`
 ):         # Adapter
-    "Read an adapter. `UserError` or `FileNotFoundError` names the file and the problem."
+    "Read an adapter. `UserError` or `FileNotFoundError` says what is wrong with it."
     if not Path(path).is_file():
-        raise FileNotFoundError(f"{path}: no such file; save_adapter(model, path) first")
+        fix = "save_adapter(model, path) first"
+        raise FileNotFoundError(f"{path}: no such file; {fix}")
     try:
         with safe_open(path, "pt") as stored:
             facts = json.loads(stored.metadata()["adapter"])
             weights = {name: stored.get_tensor(name) for name in stored.keys()}
-        return Adapter(int(facts["rank"]), float(facts["alpha"]), facts["base"], weights)
+        rank, alpha = int(facts["rank"]), float(facts["alpha"])
+        return Adapter(rank, alpha, facts["base"], weights)
     except SafetensorError as error:
         problem = f"damaged or not a safetensors file: {error}"
     except (KeyError, TypeError, ValueError):
         problem = "a safetensors file, but not of an adapter"
     raise UserError(f"{path}: {problem}")
 
+# %% ../nbs/21_lora.ipynb #l038b
 def load_adapter(
     model,  # MiniKL, the base on which the adapter learnt
     path,   # file of `save_adapter`

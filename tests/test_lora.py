@@ -5,6 +5,7 @@ import struct
 
 import pytest
 import torch
+from conftest import ROOT
 from torch import nn
 
 from minikl.checkpoint import read_tensors
@@ -228,7 +229,10 @@ def test_a_file_with_other_tensors_is_refused(tmp_path):
         assert torch.equal(logits(base), before) and not lora_layers(base)
 
 
-@pytest.mark.parametrize("changes", [{"rank": "x"}, {"rank": 0}, {"alpha": None}], ids=str)
+OTHER_FACTS = [{"rank": "x"}, {"rank": 0}, {"alpha": None}]
+
+
+@pytest.mark.parametrize("changes", OTHER_FACTS, ids=str)
 def test_a_file_with_other_facts_is_refused(changes, tmp_path):
     model = with_change(new_model())
     path = tmp_path / "one.safetensors"
@@ -273,3 +277,59 @@ def test_an_adapter_without_a_model_is_no_more_than_its_fields():
     assert torch.equal(
         logits(use_adapter(new_model(), again)), logits(with_change(new_model()))
     )
+
+
+# ---- the figures in the prose of the lesson
+
+
+def mean_of_seeds(measured, name, key):
+    names = [name, f"{name}, seed 1", f"{name}, seed 2"]
+    return sum(measured[run][key] for run in names) / 3
+
+
+def figures(measured):   # list of (as the lesson says it, the measurement)
+    raw = measured["raw, rank 0, rate 0, n_steps 0"]
+    full = measured["raw, rank 0, rate 0.001"]
+    start = measured["repaired, rank 0, rate 0, n_steps 0"]
+    gain = raw["nalan"] - full["nalan"]
+    found = [
+        ("1.31 bits", gain),
+        ("83 %", 100 * (raw["ends"] - full["ends"]) / gain),
+        ("8.71", raw["nalan"]),
+        ("6.83", start["nalan"]),
+    ]
+    for rank, rate, learnt, forgotten in (
+        (0, 0.001, "0.122", "0.212"),
+        (8, 0.003, "0.098", "0.142"),
+        (4, 0.003, "0.091", "0.103"),
+    ):
+        name = f"repaired, rank {rank}, rate {rate}"
+        nalan = start["nalan"] - mean_of_seeds(measured, name, "nalan")
+        found.append((learnt, nalan))
+        found.append((forgotten, mean_of_seeds(measured, name, "main") - start["main"]))
+    for rank, rate, learnt, forgotten in (
+        (0, 0.0003, "0.120", "0.087"),
+        (0, 0.0001, "0.089", "0.044"),
+        (8, 0.003, "0.094", "0.137"),
+        (8, 0.001, "0.087", "0.077"),
+    ):
+        run = measured[f"repaired, rank {rank}, rate {rate:g}"]
+        found.append((learnt, start["nalan"] - run["nalan"]))
+        found.append((forgotten, run["main"] - start["main"]))
+    for title, learnt in (("maps only", "0.076"), ("cut to rank 8", "0.057")):
+        found.append((learnt, start["nalan"] - measured["inside"][title]["nalan"]))
+    return found
+
+
+def test_figures_in_the_prose_are_those_that_were_measured():
+    nbs = ROOT / "nbs"
+    measured = json.loads((nbs / "measured" / "lora.json").read_text(encoding="utf-8"))
+    cells = json.loads((nbs / "21_lora.ipynb").read_text(encoding="utf-8"))["cells"]
+    prose = "".join(
+        "".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown"
+    )
+    for said, measurement in figures(measured):
+        assert said in prose, said
+        number = said.replace(",", "").split()[0]
+        digits = len(number.partition(".")[2])
+        assert abs(float(number) - measurement) <= 0.5001 * 10**-digits, said

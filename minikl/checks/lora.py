@@ -75,8 +75,10 @@ def check_as_adapter(as_adapter):
         A, B = as_adapter(change.clone(), rank)
         if A.shape != (rank, 12) or B.shape != (8, rank):
             shapes = f"{tuple(A.shape)} and {tuple(B.shape)}"
-            return f"rank {rank}: A and B are {shapes}, not ({rank}, 12) and (8, {rank})"
+            wanted = f"({rank}, 12) and (8, {rank})"
+            return f"A and B are {shapes}, and should be {wanted}"
         lost = (change - B @ A).square().sum().item()
         least = sizes[rank:].square().sum().item()
         if lost > least + 1e-9:
-            return f"rank {rank}: the squares lost add up to {lost:.2f}, not {least:.2f}"
+            said = f"{lost:.2f}, and could be {least:.2f}"
+            return f"rank {rank}: the squares of what is lost add up to {said}"
