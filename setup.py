@@ -37,6 +37,7 @@ setup(
             "minikl-train=minikl.train:main",
             "minikl-generate=minikl.generate:main",
             "minikl-report=minikl.report:main",
+            "minikl-serve=minikl.serve:main",
         ],
     },
 )

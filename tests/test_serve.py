@@ -20,6 +20,7 @@ from conftest import ROOT
 from minikl import serve
 from minikl.chat import request_ids, with_roles
 from minikl.data import encode_prompt
+from minikl.files import UserError
 from minikl.form import Judge
 from minikl.generate import generate
 from minikl.layouts import Padded
@@ -380,6 +381,39 @@ def test_a_port_in_use_is_one_line(folder, script):
         done = script(serve.main, f"--model_path={folder}", f"--port={port}")
     assert done.returncode == 2 and done.stderr.count("\n") == 1
     assert f"--port={port}: another program listens there" in done.stderr
+
+
+def test_without_a_corpus_there_is_no_check(chat, base, monkeypatch, capsys):
+    def missing():
+        raise UserError("no npm")
+
+    monkeypatch.setattr(serve, "home_judge", missing)
+    assert serve.judge_of(base.tokenizer) is None
+    assert capsys.readouterr().err == ""   # nobody has asked
+    assert serve.judge_of(chat.tokenizer) is None
+    assert capsys.readouterr().err == "no check of form: no npm\n"
+    with in_background(Writer(chat.model, chat.tokenizer, "mute")) as place:
+        about = json.loads(request(place, "GET", "/about")[2])
+        assert about["chat"] and about["tunes"] == {}
+        body = json.dumps({"tune": "浣溪沙", "text": POEM})
+        assert request(place, "POST", "/check", body)[0] == 404
+
+
+def test_check(places):
+    def check(**body):
+        reply = request(places["parrot"], "POST", "/check", json.dumps(body))
+        return reply[0], json.loads(reply[2])
+
+    status, verdict = check(tune="浣溪沙", text=POEM[:16])
+    assert status == 200 and not verdict["passes"]
+    assert [clause["ok"] for clause in verdict["clauses"]] == [True] * 2 + [False] * 4
+    assert verdict["clauses"][1] == {
+        "text": "去年天气旧亭台。", "length": 7, "wanted": 7,
+        "ok": True, "rhymes": True,
+    }
+    assert check(tune="无", text=POEM)[0] == 404
+    assert check(tune=[], text=POEM)[0] == 404
+    assert check(tune="浣溪沙")[0] == 400
 
 
 posix = pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGINT to send")
