@@ -470,6 +470,10 @@ def browser():
         started.close()
 
 
+def said(page):   # the line below the poem
+    return page.text_content("#said").replace("\xa0", " ")
+
+
 def until(page, expression):
     "Wait for JavaScript to be true (Playwright's own way needs eval: forbidden here)."
     deadline = time.time() + 60
@@ -539,8 +543,7 @@ def test_a_poem_is_written_and_checked(width, scheme, visit):
     ticks = page.locator(".check").all_text_contents()
     assert [tick[:4] for tick in ticks] == ["7/7✓"] * 6
     assert [tick[4:] for tick in ticks] == ["", "韵", "韵", "", "韵", "韵"]
-    said = page.text_content("#said")
-    assert said.startswith("句式 form ✓ 6/6 · 押韵 rhyme 100 % · 48 字")
+    assert said(page).startswith("句式 form ✓ 6/6 · 押韵 rhyme 100 % · 48 字")
     assert page.is_visible("#seal")
     too_wide = "document.documentElement.scrollWidth - window.innerWidth"
     assert page.evaluate(too_wide) <= 0
@@ -563,13 +566,13 @@ def test_what_is_wrong_is_marked(visit):
     page.fill("#request", "《浣溪沙》去年花落")
     page.click("#write")
     until(page, "document.querySelector('#said').textContent")
-    assert page.text_content("#said").startswith("句式 form ✗")
+    assert said(page).startswith("句式 form ✗")
     assert page.locator(".tick.no").count() > 0 and not page.is_visible("#seal")
     page.fill("#request", "写一首")   # of no tune: nothing is checked
     page.click("#write")
     until(page, "document.querySelector('#said').textContent")
     assert page.locator(".tick").count() == 0
-    assert "form" not in page.text_content("#said")
+    assert "form" not in said(page)
 
 
 @needs_browser
