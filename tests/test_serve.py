@@ -283,7 +283,8 @@ def test_nothing_is_meant_for_other_sites(path, places):
     assert request(places["base"], "GET", path, Origin=f"http://{host}")[0] == status
     for name, value in (
         ("Origin", "http://a.example"), ("Origin", "null"),
-        ("Host", "a.example"), ("Host", "127.0.0.1.a.example:80"),
+        ("Host", "a.example"), ("Host", "127.0.0.1.a.example:80"), ("Host", "[::"),
+        ("Origin", "http://["),
     ):
         refused, headers, _ = request(places["base"], "GET", path, **{name: value})
         assert refused == 403
