@@ -32,6 +32,7 @@ class Refused(HTTPError):
         super().__init__(status)
         self.fields = {"message": message, "param": param, "code": code}
 
+# %% ../nbs/reference/openai_api.ipynb #v021d
 DEFAULTS = {name: value for name, value, _ in OPTIONS}
 NUMBERS = {  # name: kinds, least, most
     "temperature": ((int, float), 0, 2),
@@ -42,6 +43,7 @@ NUMBERS = {  # name: kinds, least, most
     "n": (int, 1, 16),
 }
 
+# %% ../nbs/reference/openai_api.ipynb #v021b
 def number(body, name, default):
     "A number of a request. `Refused` if it is none, or out of range."
     value = body.get(name)
@@ -55,6 +57,7 @@ def number(body, name, default):
         raise Refused(f"{name}: expected {range_}, not {shown(value)}", param=name)
     return value
 
+# %% ../nbs/reference/openai_api.ipynb #v021c
 def shown(value):  # str
     "A value of a request, cut to what a line can hold."
     text = json.dumps(value, ensure_ascii=False)
@@ -92,6 +95,7 @@ HEADERS = {
     "form-action 'none'; frame-ancestors 'none'",
 }
 
+# %% ../nbs/reference/openai_api.ipynb #v041b
 def is_own(name):  # bool
     "Whether a name or an address always means the computer itself."
     if name == "localhost":
@@ -108,6 +112,7 @@ def host_of(address):  # its name, and its name with the port; None, None: it ha
     except ValueError:   # such as http://[
         return None, None
 
+# %% ../nbs/reference/openai_api.ipynb #v041c
 class Handler(RequestHandler):
     "What all answers share: who may ask, and mistakes in the format of OpenAI."
 
@@ -154,6 +159,7 @@ class Handler(RequestHandler):
             raise Refused("expected a JSON object, {…}")
         return body
 
+# %% ../nbs/reference/openai_api.ipynb #v041d
 class Missing(Handler):
     def prepare(self):
         super().prepare()
@@ -262,6 +268,7 @@ class Chat(Answering):
     def piece(self, i, text, reason):
         return {"index": i, "delta": {"content": text}, "finish_reason": reason}
 
+# %% ../nbs/reference/openai_api.ipynb #v053b
 def read_message(message):  # {"role": str, "content": str}
     "One message; its text may come in parts. `Refused` if it is none."
     fields = message if isinstance(message, dict) else {}

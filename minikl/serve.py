@@ -54,6 +54,7 @@ class Page(Handler):
         self.set_header("Content-Type", "text/html; charset=utf-8")
         self.finish(PAGE.read_bytes())
 
+# %% ../nbs/reference/serve.ipynb #v061b
 class About(Handler):
     "GET /about: what the page has to know."
 
@@ -69,6 +70,7 @@ class About(Handler):
             "max_tokens": DEFAULTS["max_new_tokens"],
         })
 
+# %% ../nbs/reference/serve.ipynb #v061c
 class Check(Handler):
     "POST /check: hold a text against a tune."
 
@@ -110,6 +112,7 @@ def application(
         log_function=lambda handler: None,   # bugs are logged elsewhere
     )
 
+# %% ../nbs/reference/serve.ipynb #v071b
 def listen(host, port):  # list of sockets
     "Listen there and nowhere else. `UserError` names the option that is wrong."
     if not host:
@@ -126,6 +129,7 @@ def listen(host, port):  # list of sockets
             ) from None
         raise UserError(f"{where}: cannot listen there: {error.strerror}") from None
 
+# %% ../nbs/reference/serve.ipynb #v071c
 def address(sockets):  # str, for a browser
     host, port = sockets[0].getsockname()[:2]
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
@@ -149,6 +153,7 @@ async def answer(
     if handlers:   # each of them finds its client gone
         await asyncio.wait(handlers, timeout=5)
 
+# %% ../nbs/reference/serve.ipynb #v072a
 @contextmanager
 def in_background(writer, host="127.0.0.1", port=0):  # str: address
     "The server in a thread of this program: for notebooks and tests."
@@ -174,6 +179,7 @@ def judge_of(tokenizer):  # Judge, or None
         print(f"no check of form: {error}", file=sys.stderr)
         return None
 
+# %% ../nbs/reference/serve.ipynb #v081b
 def main(argv=None):
     "The script: `python -m minikl.serve --model_path=out`."
     parser = OneLineParser(
