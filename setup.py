@@ -24,7 +24,7 @@ setup(
     license=facts["license"].upper(),
     keywords=facts["keywords"],
     packages=find_packages(include=[facts["lib_name"]]),
-    package_data={facts["lib_name"]: ["page.html"]},   # of serve.py
+    package_data={facts["lib_name"]: ["serve.html"]},   # of serve.py
     python_requires=f">={facts['min_python']}",
     install_requires=facts["requirements"].split(),
     extras_require={

@@ -47,7 +47,7 @@ from minikl.generate import OPTIONS, load
 from minikl.writer import Writer
 
 # %% ../nbs/reference/serve.ipynb #v061
-PAGE = Path(minikl.__file__).with_name("page.html")
+PAGE = Path(minikl.__file__).with_name("serve.html")
 
 class Page(Handler):
     def get(self):

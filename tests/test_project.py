@@ -469,7 +469,7 @@ def test_wheel_trains_in_an_empty_folder(installed, tmp_path, python):
     scripts = {entry.name for entry in next(iter(found)).entry_points}
     assert {"minikl-train", "minikl-generate", "minikl-report"} <= scripts
     before = tree(installed)
-    assert {installed / "minikl" / name for name in ("train.py", "page.html")} <= before
+    assert {installed / "minikl" / name for name in ("train.py", "serve.html")} <= before
     home, elsewhere, empty = (tmp_path / name for name in ("home", "other", "empty"))
     for folder in (home, empty):
         folder.mkdir()
