@@ -9,6 +9,9 @@ READY := .venv/ready
 # a worker a core, four at most; each takes the longest test that is left
 SIDE_BY_SIDE := -n logical --maxprocesses=4 --dist=load --maxschedchunk=1
 
+# files that a reader does not open are not listed; tools/lab: no window asks about news
+LAB := --ContentsManager.hide_globs='["__pycache__", "*.yml", "*.css", "*.svg"]' --LabApp.app_settings_dir=tools/lab
+
 .PHONY: help run serve test test-everywhere soak lab export execute docs clean
 .DELETE_ON_ERROR:
 
@@ -34,7 +37,7 @@ $(READY): requirements.txt setup.py settings.ini
 	@touch $@
 
 $(OUT)/model.safetensors: | $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node=$(PROCESSES) minikl/train.py --minutes=$(MINUTES) --epochs=$(EPOCHS) --out_dir=$(OUT) --resume
+	OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node=$(PROCESSES) minikl/train.py --minutes=$(MINUTES) --epochs=$(EPOCHS) --eval_every=400 --out_dir=$(OUT) --resume
 
 run: $(OUT)/model.safetensors
 	@$(BIN)/python -c 'import json; print("$(OUT)/ holds a model trained on", *(r := json.load(open("$(OUT)/run.json", encoding="utf-8")))["data"], "\nheld-out bits per character:", ", ".join(f"{k} {v:.2f}" for k, v in r["bits_per_char"].items()))'
@@ -55,7 +58,7 @@ soak: $(READY)
 	$(BIN)/python -m pytest -q tests --long -m long
 
 lab: $(READY)
-	$(BIN)/jupyter lab --ContentsManager.hide_globs='["__pycache__", "*.yml", "*.css", "*.svg"]' nbs/index.ipynb
+	$(BIN)/jupyter lab $(LAB) nbs/index.ipynb
 
 export: $(READY)
 	$(BIN)/nbdev_export

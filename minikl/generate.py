@@ -27,15 +27,17 @@ def narrow(
 ):                    # probabilities to draw from: (batch, vocab)
     "Top-k: Fan 2018; top-p: Holtzman 2020, arXiv:1904.09751; min-p: arXiv:2407.01082."
     scores = logits.float() / temperature
-    bars = []
+    cuts = []
     if top_k:
-        bars.append(scores.topk(min(top_k, scores.shape[-1])).values[..., -1:])
+        likeliest = scores.topk(min(top_k, scores.shape[-1])).values
+        cuts.append(scores < likeliest[..., -1:])
     if top_p < 1:
-        bars.append(top_p_bar(scores, top_p))
+        shares = scores.softmax(-1)
+        cuts.append(shares < top_p_bar(shares, top_p))
     if min_p:
-        bars.append(scores.amax(-1, keepdim=True) + math.log(min_p))
-    for bar in bars:
-        scores = scores.masked_fill(scores < bar, -math.inf)
+        cuts.append(scores < scores.amax(-1, keepdim=True) + math.log(min_p))
+    for is_out in cuts:
+        scores = scores.masked_fill(is_out, -math.inf)
     return scores.softmax(-1)
 
 # %% ../nbs/07_generate.ipynb #c025a
@@ -59,6 +61,7 @@ from itertools import islice, takewhile, tee
 from pathlib import Path
 from random import Random
 
+import numpy
 from torch.nn.utils.rnn import pad_sequence
 
 from minikl.attention import causal_attention
@@ -69,19 +72,17 @@ from minikl.step import pick_device
 from minikl.tokenizer import Tokenizer
 
 # %% ../nbs/reference/prompt.ipynb #p005
-def top_p_bar(scores, top_p):  # (batch, vocab) → the lowest that is kept: (batch, 1)
-    "Where top-p cuts, found without sorting the whole vocabulary."
-    vocab = scores.shape[-1]
-    shares = scores.softmax(-1)
-    n_ranked = 16
-    enough = False
-    while not enough:
-        n_ranked = min(16 * n_ranked, vocab)
-        ranked, order = shares.topk(n_ranked)
-        together = ranked.cumsum(-1)
-        enough = n_ranked == vocab or together[..., -1].min() >= top_p
-    last = (together < top_p).sum(-1, keepdim=True).clamp(max=n_ranked - 1)
-    return scores.gather(-1, order.gather(-1, last))
+def top_p_bar(shares, top_p):  # (batch, vocab) → the smallest that stays: (batch, 1)
+    "Where top-p cuts each row of probabilities."
+    if shares.device.type == "cpu":
+        rising = torch.from_numpy(numpy.sort(shares.detach().numpy()))
+    else:
+        rising = shares.sort().values
+    ranked = rising.flip(-1)
+    together = ranked.cumsum(-1)
+    wanted = torch.full_like(together[:, :1], top_p)
+    last = torch.searchsorted(together, wanted)  # the first place that reaches it
+    return ranked.gather(-1, last.clamp(max=shares.shape[-1] - 1))
 
 # %% ../nbs/reference/prompt.ipynb #kc061
 class KVCache:

@@ -83,6 +83,7 @@ def read_checkpoint(
     learner = run.learner
     state = unpack(path, learner.model, learner.optimizers)
     run.progress = Progress.from_dict(state["at"])
+    run.began = state["settings"].get("started", "")  # older versions have none
     if run.is_first:  # nobody else writes lines
         run.lines = state["lines"]
     scaler = learner.precision.scaler

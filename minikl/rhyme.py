@@ -31,21 +31,22 @@ def expectation(
     counts,  # (groups, characters), sparse
     sizes,   # (classes): share of the groups that belong to each class
     spread,  # (characters, classes): how often a class uses each character
-):           # (groups, classes): probability that a group belongs to a class
-    "E: what are the groups, if the classes are like this?"
+):           # (groups, classes): probability that a group belongs to a class, and fit
+    "E: what are the groups, if the classes are like this? Fit: mean log probability."
     scores = torch.sparse.mm(counts, spread.log()) + sizes.log()
-    return scores.softmax(dim=1)
+    return scores.softmax(dim=1), scores.logsumexp(dim=1).mean().item()
 
 def maximization(
-    counts,   # (groups, characters), sparse
-    belongs,  # (groups, classes)
-):            # sizes: (classes), spread: (characters, classes)
+    counts,         # (groups, characters), sparse
+    belongs,        # (groups, classes)
+    smoothing=0.1,  # of a group and of a character, for each class: none is impossible
+):                  # sizes: (classes), spread: (characters, classes)
     "M: what are the classes, if the groups are like this? Dempster et al. 1977."
-    sizes = (belongs.sum(0) + 1) / (len(belongs) + belongs.shape[1])
+    sizes = belongs.sum(0) + smoothing
     overall = counts.sum(0).to_dense() / counts.sum()
     spread = torch.sparse.mm(counts.t(), belongs)
-    spread = spread + 0.1 * overall[:, None]  # nothing is impossible
-    return sizes, spread / spread.sum(0)
+    spread = spread + smoothing * overall[:, None]
+    return sizes / sizes.sum(), spread / spread.sum(0)
 
 # %% ../nbs/reference/rhyme.ipynb #f055
 class RhymeTable:
@@ -53,15 +54,17 @@ class RhymeTable:
 
     def __init__(
         self,
-        sizes,   # share of the endings in each class: list of float
-        shares,  # {character: {class: share of this character's endings}}
+        sizes,     # share of the groups in each class: list of float
+        shares,    # {character: {class: share of its endings}}
+        fit=None,  # mean log probability of the groups it was learnt from, in nats
     ):
         self.sizes = sizes
         self.shares = shares
+        self.fit = fit
 
     @classmethod
-    def learn(cls, groups, n_classes=40, n_steps=60, seed=0):
-        "Expectation-maximization from classes drawn by chance."
+    def learn(cls, groups, n_classes=60, n_steps=40, seed=0):
+        "Expectation-maximization from a start by chance."
         characters, counts = count_matrix(groups)
         generator = torch.Generator().manual_seed(seed)
         shape = (len(groups), n_classes)
@@ -69,12 +72,12 @@ class RhymeTable:
         belongs = belongs / belongs.sum(1, keepdim=True)
         for _ in range(n_steps):
             sizes, spread = maximization(counts, belongs)
-            belongs = expectation(counts, sizes, spread)
+            belongs, fit = expectation(counts, sizes, spread)
         joint = sizes * spread
         shares = joint / joint.sum(1, keepdim=True)
         rows = zip(characters, shares.tolist(), strict=True)
         kept = {character: cls.kept(row) for character, row in rows}
-        return cls([round(size, 5) for size in sizes.tolist()], kept)
+        return cls([round(size, 7) for size in sizes.tolist()], kept, fit)
 
     @staticmethod
     def kept(row):  # list of shares → {class: share}, those that matter

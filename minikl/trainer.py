@@ -29,9 +29,17 @@ from minikl.checkpoint import (
 from .files import STOP, UserError, handled
 from .folder import RESULTS, RunFolder
 from .learner import Learner
-from .options import check
+from .options import check, shape_of
+from .parallel import device_name
 from .prepare import read_data, sample_beginnings
-from .record import Progress, Recorder, plot_run, say, to_json_lines
+from minikl.record import (
+    Progress,
+    Recorder,
+    plot_run,
+    say,
+    time_stamp,
+    to_json_lines,
+)
 from .resume import begin
 
 # %% ../nbs/13_train.ipynb #c085b
@@ -54,6 +62,8 @@ def stop_signals():  # list of the signals that have come since
 class PreparedRun:
     "What a training run has: options, data, learner, folder, and what it has done."
 
+    learner_class = Learner
+
     def __init__(
         self,
         options,  # Options
@@ -66,9 +76,16 @@ class PreparedRun:
         self.folder = RunFolder(options.run.out_dir)
         if not options.run.plan:
             ranks.once_per_host(self.folder.check_writable)
-        self.data = read_data(options.data, options.model, ranks)
-        self.config = replace(options.model, vocab_size=len(self.data.tokenizer))
-        self.learner = Learner(self.config, options.learning, options.machine, ranks)
+        self.shape = shape_of(options)
+        self.data = read_data(options.data, self.shape, ranks)
+        self.config = replace(self.shape, vocab_size=len(self.data.tokenizer))
+        self.learner = self.learner_class(
+            self.config,
+            options.learning,
+            options.machine,
+            ranks,
+            options.data.init_path,
+        )
         longest = self.config.max_seq_len - 1
         prompts = options.run.sample_prompts
         self.beginnings = sample_beginnings(self.data, prompts, longest)
@@ -77,6 +94,7 @@ class PreparedRun:
         self.lines = []  # of metrics and samples; the first process has them
         self.recorder = None
         self.started = time.perf_counter()
+        self.began = time_stamp()  # of the first start, after --resume too
 
     def count_steps(self):  # infinity where only the minutes count
         run = self.options.run
@@ -114,11 +132,13 @@ class PreparedRun:
             "baselines": self.data.baselines,
             "parameters": sum(weight.numel() for weight in weights),
             "device": self.ranks.device.type,
+            "device_name": device_name(self.ranks.device),
             "dtype": self.learner.precision.name,
             "processes": self.ranks.world,
             "threads": torch.get_num_threads(),
             "torch": torch.__version__,
             "python": platform.python_version(),
+            "started": self.began,
         }
 
     @contextmanager
@@ -161,6 +181,7 @@ class PreparedRun:
         "What a finished run leaves."
         result = {
             **self.settings(),
+            "ended": time_stamp(),
             "held_out_characters": self.data.held_out.n_chars,
             "bits_per_char": compare,
             "training_seconds": self.progress.seconds,

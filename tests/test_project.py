@@ -139,9 +139,9 @@ def test_part_one_is_read_in_a_weekend():
 # from below to above: a module imports only from those before it
 MODULES = (
     "files jsonl bpe tokenizer data rope attention layouts limits model step "
-    "generate parallel checkpoint corpora options record prepare folder learner "
-    "resume trainer plan train recorded charts report bench llama rhyme form "
-    "chat writer api serve"
+    "generate parallel checkpoint corpora rhyme form chat options record prepare "
+    "folder learner resume trainer plan train recorded charts words page report "
+    "bench llama writer api serve"
 ).split()
 
 
@@ -388,6 +388,68 @@ def test_a_broken_link_is_found(tmp_path):
     ]
 
 
+# ---- a page has one name, wherever it is named
+
+SIDEBAR = (ROOT / "nbs" / "sidebar.yml").read_text(encoding="utf-8")
+HOME = ROOT / "nbs" / "index.ipynb"
+
+
+def title(path):   # what stands behind the first #
+    return "".join(cells(path)[0]["source"]).splitlines()[0].removeprefix("# ")
+
+
+def path_table(path):   # {number of a lesson: [lesson, question, needs, minutes]}
+    "The table of the path, as a README or the home page shows it."
+    table = {}
+    for line in markdown(path).splitlines():
+        row = [text.strip() for text in line.replace("(nbs/", "(").split("|")]
+        if len(row) == 7 and row[1].isdigit():
+            table[row[1]] = row[2:6]
+    return table
+
+
+@pytest.mark.parametrize("path", LESSONS, ids=lambda path: path.stem)
+def test_a_lesson_has_one_name(path):
+    "In its title, in the sidebar, in the table of the path, and on its solutions."
+    number, name = path.stem[:2], title(path)
+    lesson = path_table(ROOT / "README.md")[number][0]
+    assert lesson == f"[{name}]({path.name})"
+    solutions = path.parent / "solutions" / path.name
+    assert title(solutions) == f"Solutions: {name}"
+    for place in (path.name, f"solutions/{path.name}"):
+        assert re.search(rf"text: {number} {name}\n +href: {place}\n", SIDEBAR)
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.stem)
+def test_a_reference_page_has_one_name(path):
+    name = re.escape(title(path))
+    assert re.search(rf"text: {name}\n +href: reference/{path.name}\n", SIDEBAR)
+
+
+def test_tables_of_the_path_agree():
+    "The home page says in two languages what each README says in one."
+    home = path_table(HOME)
+    english = path_table(ROOT / "README.md")
+    chinese = path_table(ROOT / "README.zh-CN.md")
+    assert list(home) == list(english) == list(chinese)
+    assert list(home) == [path.stem[:2] for path in LESSONS]
+    for number, (lesson, question, *rest) in home.items():
+        name, file = re.fullmatch(r"\[(.*)\](\(.*\))", chinese[number][0]).groups()
+        first, asked, *others = english[number]
+        assert lesson == f'{first}<br><span lang="zh">{name}</span>'
+        assert first.endswith(file)
+        assert question == f'{asked}<br><span lang="zh">{chinese[number][1]}</span>'
+        assert rest == others == chinese[number][2:]
+
+
+def test_minutes_of_the_three_ways():
+    "What the home page promises is the sum of the minutes of the lessons."
+    minutes = {number: int(row[3]) for number, row in path_table(HOME).items()}
+    weekend = sum(minutes[path.stem[:2]] for path in PART_ONE)
+    for total in (minutes["00"], weekend, sum(minutes.values())):
+        assert f"*{total} minutes*" in markdown(HOME)
+
+
 # ---- what is declared, and what is installed
 
 
@@ -469,7 +531,8 @@ def test_wheel_trains_in_an_empty_folder(installed, tmp_path, python):
     scripts = {entry.name for entry in next(iter(found)).entry_points}
     assert {"minikl-train", "minikl-generate", "minikl-report"} <= scripts
     before = tree(installed)
-    assert {installed / "minikl" / name for name in ("train.py", "serve.html")} <= before
+    assert installed / "minikl" / "train.py" in before
+    assert installed / "minikl" / "serve.html" in before
     home, elsewhere, empty = (tmp_path / name for name in ("home", "other", "empty"))
     for folder in (home, empty):
         folder.mkdir()

@@ -3,6 +3,7 @@ import json
 import math
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -265,6 +266,98 @@ def test_text_by_strangers_stays_text(tmp_path):
     assert "</td><img src=x><script>'二'</script>" in "".join(page.words)
     assert '<html lang="en">' in text and 'charset="utf-8"' in text
     assert write_report([nasty, good])[0].read_text(encoding="utf-8") == text
+
+
+FRIENDLY = {
+    **SETTINGS,
+    "parameters": 1_419_904,
+    "data": ["/home/somebody/poetry.jsonl"],
+    "vocabulary": "C:\\Users\\somebody\\vocab.json",
+    "started": "2026-11-28T18:54:06+00:00",
+    "device_name": "AMD EPYC",
+    "processes": 2,
+    "torch": "2.13.0",
+    "training_seconds": 180.04184208820001,
+    "command": "minikl/train.py --minutes=3 --out_dir='my out' --resume",
+}
+
+
+def words_of(out):   # text
+    "What a reader of the page of a run sees, all on one line."
+    page = write_report([out])[0].read_text(encoding="utf-8")
+    _, _, body = page.partition("</style>")
+    return " ".join("".join(Page(body).words).split())
+
+
+def test_the_page_says_what_when_and_where(tmp_path):
+    said = words_of(write(tmp_path / "out", settings=FRIENDLY))
+    assert "A model of 1.4 million weights, trained on poetry.jsonl" in said
+    assert "28 November 2026, 18:54 · 2 seconds of training" in said
+    assert "AMD EPYC, 2 processes · PyTorch 2.13.0" in said
+    assert "somebody" not in said
+    run_again = "torchrun --nproc-per-node=2 minikl/train.py --minutes=3"
+    assert f"{run_again} '--out_dir=my out'" in said and "--resume" not in said
+
+
+def test_an_old_run_has_no_date(tmp_path):
+    said = words_of(write(tmp_path / "out"))
+    assert "A model of 1,000 weights" in said and "· " not in said.split("1.01")[0]
+
+
+@pytest.mark.parametrize("value", [None, 5, "", "yesterday", "<b>", "2026-99-99", []])
+def test_a_strange_date_is_left_out(tmp_path, value):
+    names = ("started", "device_name", "torch", "processes", "data", "vocabulary")
+    settings = {**FRIENDLY, **dict.fromkeys(names, value)}
+    out = write(tmp_path / "out", settings=settings)
+    assert "2 seconds of training" in words_of(out)
+    assert "<b>" not in (out / "report.html").read_text(encoding="utf-8")
+
+
+def test_numbers_are_rounded(tmp_path):
+    page = words_of(write(tmp_path / "out", settings=FRIENDLY))
+    said = page.split("Run it again")[1]
+    assert "training_seconds180" in said.replace(" ", "")
+    assert "parameters1,419,904" in said and "tokens: 1,000" in said
+    assert "180.04" not in said and "{" not in said
+
+
+def test_no_step_stands_there_twice(tmp_path):
+    steps = [1, 2, 5, 5, 10, 15, 20, 20]
+    samples = [sample(step, f"第{i}首") for i, step in enumerate(steps)]
+    out = write(tmp_path / "out", samples=samples)
+    said = words_of(out)
+    shown = [word for word in said.split() if word.startswith("第")]
+    found = re.findall(r"step (\d+) 明第(\d)首", said)
+    assert found == [("1", "0"), ("5", "3"), ("10", "4"), ("20", "7")], shown
+    assert "continued at 6 steps" in said
+    said = words_of(write(tmp_path / "out", samples=[sample(20), sample(20)]))
+    assert "texts at one step only, 20" in said and said.count("step 20 明") == 1
+
+
+def test_the_verse_is_on_top_and_chinese(tmp_path):
+    text = "月何处去？不见双影。<b>"
+    out = write(tmp_path / "out", samples=[sample(10), sample(20, text)])
+    page = write_report([out])[0].read_text(encoding="utf-8")
+    verse = '<span class="prompt">明</span>月何处去？\n不见双影。\n&lt;b&gt;</block'
+    assert verse in page and "<b>" not in page and page.count('<blockquote') == 1
+    assert 'lang="zh">' + verse in page
+    samples = [{"step": 20, "prompt": "To be", "text": " or not. So."}]
+    page = write_report([write(tmp_path / "out", samples=samples)])[0].read_text()
+    assert '<blockquote class="verse ">' in page and " or not. So.</block" in page
+
+
+def test_the_held_out_figure_stands_beside_the_baselines(tmp_path):
+    metrics = [line(i) for i in range(1, 21)]
+    metrics += [evaluation(10, 1.5), evaluation(15, 1.2), evaluation(20, 1.25)]
+    said = words_of(write(tmp_path / "out", metrics))
+    assert "1.25 bits per character" in said
+    assert "choose among 2.4 equally likely ones" in said
+    assert "38% fewer bits than a bigram table of character pairs (2.00)" in said
+    assert "and 25% more bits than the entropy of the grammar" in said
+    assert "held-out text was predicted best at step 15: 1.20." in said
+    assert "ahead of bigram and xz and not ahead of entropy of the grammar" in said
+    said = words_of(write(tmp_path / "out", metrics[:20]))
+    assert "of held-out text" not in said and "1.00 bits per character." in said
 
 
 @pytest.mark.parametrize("name", ["", "nowhere", "file", "nul\0", "\ud83d", "x" * 5000])

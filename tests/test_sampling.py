@@ -18,6 +18,7 @@ from minikl.generate import (
     generate_batch,
     narrow,
     stream_text,
+    top_p_bar,
 )
 from minikl.layouts import Nested
 from minikl.model import MiniKL, MiniKLConfig
@@ -103,6 +104,55 @@ def test_top_p_finds_its_bar_beyond_the_first_ranks(top_p):
     torch.testing.assert_close(
         narrow(rows, top_p=top_p), torch.tensor(naive), atol=1e-6, rtol=0
     )
+
+
+def rows_of_all_kinds(vocab):
+    "Equal, flat, peaked, tied, and with tokens that are forbidden, in one batch."
+    generator = torch.Generator().manual_seed(vocab)
+    normal = torch.randn(6, vocab, generator=generator)
+    normal *= torch.tensor([[0.0], [0.01], [1.0], [3.0], [10.0], [100.0]])
+    tied = torch.randint(4, (2, vocab), generator=generator).float()
+    forbidden = torch.randn(2, vocab, generator=generator)
+    forbidden[0, ::2] = -math.inf
+    forbidden[1, 1:] = -math.inf
+    return torch.cat([normal, tied, forbidden])
+
+
+@pytest.mark.parametrize("vocab", [2, 3, 10, 257, 4000])
+@pytest.mark.parametrize("top_p", [1e-9, 0.25, 0.5, 0.95, 1 - 1e-6])
+def test_what_top_p_keeps_is_enough_and_no_more(vocab, top_p):
+    "Whatever is likelier than the bar is not enough; equals stay or go together."
+    shares = rows_of_all_kinds(vocab).softmax(-1)
+    bars = top_p_bar(shares, top_p)
+    assert (shares == bars).any(-1).all()
+    kept = torch.where(shares >= bars, shares, 0).double().sum(-1)
+    likelier = torch.where(shares > bars, shares, 0).double().sum(-1)
+    assert (kept > top_p - 1e-6).all()
+    assert (likelier < top_p + 1e-6).all()
+
+
+@pytest.mark.parametrize("top_p", [0.25, 0.5, 0.95])
+def test_the_bar_is_that_of_a_sorted_row(top_p):
+    "And the other rows of the batch do not move it. No sum here is a close call."
+    shares = rows_of_all_kinds(4000)[1:].softmax(-1)
+    bars = top_p_bar(shares, top_p)
+    for row, bar in zip(shares, bars, strict=True):
+        ranked = row.sort(descending=True, stable=True).values
+        together = ranked.double().cumsum(-1)
+        assert (together - top_p).abs().min() > 1e-7
+        assert bar == ranked[(together < top_p).sum()]
+        assert torch.equal(top_p_bar(row[None], top_p)[0], bar)
+
+
+def test_tokens_as_likely_as_the_last_one_stay():
+    tied = torch.tensor([[0.4, 0.2, 0.1, 0.2, 0.1]]).log()
+    assert (narrow(tied, top_p=0.5)[0] > 0).tolist() == [True, True, False, True, False]
+
+
+def test_a_sum_that_is_exactly_enough_is_enough():
+    halves = torch.tensor([[1 / 4, 1 / 8, 1 / 2, 1 / 8]])
+    assert top_p_bar(halves, 0.75).item() == 1 / 4
+    assert top_p_bar(halves, 0.76).item() == 1 / 8
 
 
 def test_no_cut_leaves_all():

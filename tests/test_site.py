@@ -2,6 +2,7 @@
 import http.server
 import json
 import re
+import shlex
 import shutil
 import socket
 import subprocess
@@ -77,8 +78,20 @@ def test_site_has_a_page_for_each_lesson(site):
         assert "本课小结" in (site / f"{name}.html").read_text(encoding="utf-8"), name
 
 
+SOURCES = "https://github.com/minikl/minikl/blob/main/"
+
+
+def test_every_page_links_to_its_notebook(site):
+    "The builder refuses links to files that are not there."
+    texts = [path.read_text(encoding="utf-8") for path in site.rglob("*.html")]
+    for path in [*LESSONS, *ENTRIES, *PAGES, *SOLUTIONS]:
+        link = f'href="{SOURCES}{path.relative_to(ROOT)}" class="toc-action"'
+        assert sum(link in text for text in texts) == 1, path
+
+
 BAD_PAGES = {   # what stands on a page: what the builder says of it
     '<a href="none.html">x</a>': "none.html leads nowhere",
+    f'<a href="{SOURCES}none.md">x</a>': "none.md is not in the repository",
     '<a href="#none">x</a>': "#none has no such place",
     '<img alt="x" src="https://a.example/x.png">': "loads https://a.example/x.png",
     '<img src="here.png">': "1 pictures say nothing (alt)",
@@ -151,10 +164,27 @@ def test_hints_are_folded_and_open(site, browser):
     page = browser.new_page()
     with served(site) as address:
         page.goto(f"{address}/rope.html")
-        hint = page.locator("details:not(.code-fold)").first
+        hint = page.locator("details:not(.code-fold, .contents)").first
         assert hint.get_attribute("open") is None
         hint.locator("summary").click()
         assert hint.get_attribute("open") is not None
+    page.close()
+
+
+@needs_browser
+@pytest.mark.parametrize("width", [1400, 1024, 390])
+def test_contents_of_a_page_are_at_hand(site, browser, width):
+    "In the margin, or folded under the title."
+    page = browser.new_page(viewport={"width": width, "height": 900})
+    with served(site) as address:
+        page.goto(f"{address}/rope.html")
+        assert page.locator("#TOC").is_visible() == (width == 1400)
+        folded = page.locator("details.contents")
+        assert folded.is_visible() == (width < 1400)
+        if width < 1400:
+            folded.locator("summary").click()
+            folded.get_by_role("link", name="Exercises").click()
+            assert page.url.endswith("#exercises")
     page.close()
 
 
@@ -165,14 +195,16 @@ def test_hints_are_folded_and_open(site, browser):
 def lab(tmp_path_factory):   # str: address
     "JupyterLab over a copy of the lessons, as `make lab` starts it."
     folder = tmp_path_factory.mktemp("lab")
-    for name in ("nbs", "data"):
+    for name in ("nbs", "data", "tools"):
         ignore = shutil.ignore_patterns("cache", "*.tgz")
         shutil.copytree(ROOT / name, folder / name, ignore=ignore)
     port = free_port()
     command = [sys.executable, "-m", "jupyter", "lab", "--no-browser", "--allow-root"]
-    options = [f"--port={port}", "--IdentityProvider.token=", "--LabApp.news_url="]
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    as_make_does = shlex.split(re.search(r"^LAB := (.*)$", makefile, re.M)[1])
+    options = [f"--port={port}", "--IdentityProvider.token=", *as_make_does]
     server = subprocess.Popen(
-        [*command, *options], cwd=folder / "nbs",
+        [*command, *options, "nbs/index.ipynb"], cwd=folder,
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )
     address = f"http://127.0.0.1:{port}"
@@ -196,6 +228,23 @@ def saved_code(page, path):   # list of code cells that are not empty
     page.keyboard.press("Control+s")
     cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
     return [cell for cell in cells if cell["cell_type"] == "code" and cell["source"]]
+
+
+@needs_browser
+def test_jupyterlab_opens_the_home_page(lab, browser):
+    "Its pictures are seen, nothing asks a question, and no style file is listed."
+    page = browser.new_page(viewport={"width": 1400, "height": 900})
+    page.goto(f"{lab[0]}/lab/tree/index.ipynb?reset")
+    page.get_by_text("Start here").first.wait_for(timeout=120_000)
+    page.wait_for_selector('.jp-DirListing-item:has-text("index.ipynb")')
+    page.wait_for_timeout(5000)   # a window about news would come by now
+    pictures = page.locator(".jp-MarkdownOutput img")
+    widths = pictures.evaluate_all("found => found.map(image => image.naturalWidth)")
+    assert len(widths) == 2 and min(widths) > 100
+    assert page.locator(".Toastify__toast, .jp-Dialog").count() == 0
+    listed = page.locator(".jp-DirListing-itemName").all_inner_texts()
+    assert not [name for name in listed if name.endswith((".yml", ".css", ".svg"))]
+    page.close()
 
 
 @needs_browser

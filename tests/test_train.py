@@ -403,6 +403,30 @@ def test_names_and_prompts_that_are_not_utf8(run, tmp_path):
     assert json.loads(facts)
 
 
+def test_a_run_keeps_its_first_start(run, tmp_path, monkeypatch):
+    "After --resume too; the checkpoint of an older version has none."
+    times = iter(f"2026-11-28T10:00:{second:02}+00:00" for second in range(60))
+    monkeypatch.setattr(trainer, "time_stamp", lambda: next(times))
+    for number in (1, 2):
+        with monkeypatch.context() as patched:
+            interrupt_at(patched, 4, signal.SIGTERM)
+            options = [f"out{number}", "--max_steps=8", "--save_every=2"]
+            assert run(*options).returncode == 143
+    path, = (tmp_path / "out2" / "running" / "checkpoints").glob("*5/state.json")
+    state = json.loads(path.read_text(encoding="utf-8"))
+    assert state["settings"].pop("started").endswith(":01+00:00")
+    path.write_text(json.dumps(state), encoding="utf-8")
+    checked = checksums(path.parent)
+    (path.parent / "SHA256SUMS").write_text(checked, encoding="utf-8")
+    starts = []
+    for number in (1, 2):
+        well(run(f"out{number}", "--max_steps=8", "--save_every=2", "--resume"))
+        facts = json.loads((tmp_path / f"out{number}" / "run.json").read_text("utf-8"))
+        starts.append(facts["started"])
+        assert facts["ended"] > "2026-11-28T10:00:02" and facts["device_name"]
+    assert starts == ["2026-11-28T10:00:00+00:00", ""]
+
+
 # ---- mistakes and bugs
 
 TWICE = f"--data_jsonl_path={OLD}/data.jsonl {OLD}/data.jsonl"

@@ -112,13 +112,14 @@ def page_name(path):   # file name of the notebook, as its page will be called
 def rename_pages(
     folder,  # with the prepared notebooks
     base,    # address of the site
-):
+):           # {new place in the folder: old place}
     """Name pages as Quarto would (01_tokenizer.ipynb → tokenizer.html).
 
     Links inside the site become relative.
     """
     notebooks = sorted(folder.rglob("*.ipynb"))
     names = {path.name: page_name(path) for path in notebooks}
+    places = {}
     for path in [*notebooks, folder / "sidebar.yml"]:
         depth = len(path.relative_to(folder).parts) - 1
         text = path.read_text(encoding="utf-8").replace(f"{base}/", "../" * depth)
@@ -128,6 +129,8 @@ def rename_pages(
         path.unlink()
         renamed = path.with_name(names.get(path.name, path.name))
         renamed.write_text(text, encoding="utf-8")
+        places[str(renamed.relative_to(folder))] = str(path.relative_to(folder))
+    return places
 
 
 def unpack_katex(
@@ -180,6 +183,35 @@ def mark_chinese(site):
         text = path.read_text(encoding="utf-8")
         text = re.sub(r"(?s)<(p|h2)\b([^>]*)>(.*?)</\1>", say_language, text)
         path.write_text(text, encoding="utf-8")
+
+
+def link_sources(site, places):
+    "Links to the notebook of a page, below its text, where a phone shows them, too."
+    for path in site.rglob("*.html"):
+        page = str(path.relative_to(site).with_suffix(".ipynb"))
+        text = path.read_text(encoding="utf-8")
+        found = re.search(r'<div class="toc-actions">.*?</div></div>', text)
+        if not found or page not in places:
+            sys.exit(f"error: {page} has no link to its source; another smalldocs?")
+        text = text.replace(found[0], "")
+        source = found[0].replace(f"/{page}", f"/{places[page]}")
+        text = text.replace("</main>", f"{source}</main>")
+        path.write_text(text, encoding="utf-8")
+
+
+def repeat_contents(site):
+    "What stands on a page also under its title, folded, for screens without a margin."
+    for path in site.rglob("*.html"):
+        text = path.read_text(encoding="utf-8")
+        found = re.search(r'<h2 id="toc-title">(.*?)</h2>(<ul>.*?)</nav>', text)
+        if not found:
+            continue
+        links = re.sub(r' (id|class|data-scroll-target)="[^"]*"', "", found[2])
+        summary = f"<summary>{found[1]}</summary>"
+        folded = f'<details class="contents">{summary}{links}</details>'
+        before, main, after = text.partition("<main")
+        after = after.replace("</header>", f"</header>{folded}", 1)
+        path.write_text(f"{before}{main}{after}", encoding="utf-8")
 
 
 def localise(site):
@@ -243,6 +275,7 @@ class Page(HTMLParser):
 
 def faults(site):   # list of lines: page, what is wrong
     "Broken links, missing anchors, other hosts, and traces of the build."
+    sources = f"{get_config().git_url}/blob/main/"
     pages = {path: Page(path) for path in sorted(site.rglob("*.html"))}
     found = []
     for path, page in pages.items():
@@ -258,6 +291,9 @@ def faults(site):   # list of lines: page, what is wrong
                 found.append(f"{name}: loads {link}")
         for link in page.links:
             parts = urlsplit(link)
+            source = unquote(link.partition("#")[0].removeprefix(sources))
+            if link.startswith(sources) and not (ROOT / source).exists():
+                found.append(f"{name}: {link} is not in the repository")
             if parts.scheme or parts.netloc:
                 continue
             target = (path.parent / unquote(parts.path)) if parts.path else path
@@ -280,13 +316,15 @@ def render(folder, config):
         sys.exit("error: the site needs Quarto, or Python 3.11 or newer")
     for path in folder.rglob("*.ipynb"):
         fold_and_name(path)
-    rename_pages(folder, config.doc_host + config.doc_baseurl)
+    places = rename_pages(folder, config.doc_host + config.doc_baseurl)
     smalldocs = Path(sys.executable).with_name("smalldocs")
     subprocess.run([smalldocs, "render", str(folder)], check=True)
     site = (folder / config.doc_path.name).resolve()
     localise(site)
     search_chinese(site)
     mark_chinese(site)
+    link_sources(site, places)
+    repeat_contents(site)
     if found := faults(site):
         sys.exit("error: the site is not fit to be shown\n" + "\n".join(found))
 
