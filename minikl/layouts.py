@@ -12,7 +12,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from .attention import causal_attention
-from .data import IGNORE, next_tokens
+from .data import IGNORE, next_tokens, readable
 from .files import UserError
 
 # %% ../nbs/08_nested_tensors.ipynb #c019
@@ -35,8 +35,9 @@ class Layout:
         if not docs:
             raise UserError("a batch needs at least one document")
         self.lengths = [len(doc) for doc in docs]
-        self.ids = torch.cat(docs)
-        self.targets = torch.cat([next_tokens(doc) for doc in docs])
+        self.ids = readable(torch.cat(docs))
+        targets = torch.cat([next_tokens(doc) for doc in docs])
+        self.targets = targets.masked_fill(targets < 0, IGNORE)
         self.positions = positions_of(self.lengths)
 
     def unbatch(
@@ -61,7 +62,7 @@ class Padded(Layout):
     def __init__(self, docs):
         super().__init__(docs)
         targets = self.targets.split(self.lengths)
-        self.ids = pad_sequence(docs, batch_first=True)
+        self.ids = pad_sequence(self.ids.split(self.lengths), batch_first=True)
         self.targets = pad_sequence(targets, batch_first=True, padding_value=IGNORE)
         self.positions = torch.arange(self.ids.shape[1]).expand(self.ids.shape)
 

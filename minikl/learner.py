@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
+from .chat import start_weights
 from .files import UserError
 from .generate import generate_batch
 from .layouts import LAYOUTS
@@ -88,6 +89,7 @@ class Learner:
         learning,  # LearningOptions
         machine,   # MachineOptions
         ranks,     # Ranks
+        init_path="",  # folder of a trained model to go on from
     ):
         self.config = config
         self.learning = learning
@@ -97,10 +99,14 @@ class Learner:
             say("--shard: the only process holds everything")
         check_memory(config, ranks, self.is_sharded)
         torch.manual_seed(learning.seed)
+        weights = start_weights(init_path, config) if init_path else None
         if self.is_sharded:
-            self.model = shard(config, ranks)
+            self.model = shard(config, ranks, weights)
         else:
-            self.model = MiniKL(config).to(ranks.device)
+            self.model = MiniKL(config)
+            if weights:
+                self.model.load_state_dict(dict(weights))
+            self.model.to(ranks.device)
         self.loss = self.model.loss
         if ranks.world > 1 and not self.is_sharded:
             objective = Objective(self.model)

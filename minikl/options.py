@@ -4,17 +4,18 @@
 
 # %% auto #0
 __all__ = ['RECIPE', 'DataOptions', 'LearningOptions', 'RunOptions', 'MachineOptions', 'recipe', 'Options', 'boolean',
-           'add_option', 'title_of', 'parse_options', 'check_value', 'check']
+           'add_option', 'title_of', 'parse_options', 'shape_of', 'check_value', 'check']
 
 # %% ../nbs/reference/options.ipynb #h002
 import argparse
 import math
 from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
 
 from .corpora import CORPORA
 from .files import OneLineParser, UserError
 from .layouts import LAYOUTS
-from .model import MiniKLConfig, option
+from .model import MiniKLConfig, option, read_config
 
 # %% ../nbs/reference/options.ipynb #c050
 @dataclass
@@ -40,6 +41,10 @@ class DataOptions:
     vocab_dict_path: str = option(
         "",
         "vocabulary {token: id}; left empty: one of --vocab_size tokens is trained",
+    )
+    init_path: str = option(
+        "",
+        "folder of a trained model to go on from: its weights, shape and vocabulary",
     )
     held_out: float = option(
         0.03, "share of the documents kept for evaluation", at_least=0, below=1
@@ -260,6 +265,27 @@ def parse_options(
         values = {entry.name: chosen[entry.name] for entry in fields(group.type)}
         groups[group.name] = group.type(**values)
     return Options(**groups)
+
+# %% ../nbs/reference/options.ipynb #o006a
+def shape_of(
+    options,  # Options
+):            # MiniKLConfig
+    "The shape of the model: that of the one to go on from, if there is one."
+    if not options.data.init_path:
+        return options.model
+    path = Path(options.data.init_path) / "config.json"
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; --init_path is the folder of a model")
+    stored = read_config(path)
+    usual = recipe()
+    for entry in fields(MiniKLConfig):
+        name = entry.name
+        chosen = getattr(options.model, name)
+        found = getattr(stored, name)
+        if chosen not in (getattr(usual, name), found):
+            there = f"the model in {path.parent} has {found}"
+            raise UserError(f"--{name}={chosen}: {there}")
+    return stored
 
 # %% ../nbs/reference/options.ipynb #c056
 def check_value(

@@ -47,6 +47,7 @@ class Objective(nn.Module):
 def shard(
     config,  # MiniKLConfig
     ranks,   # Ranks, more than one
+    weights=None,  # iterator of (name, whole tensor); None: as a new model begins
 ):           # MiniKL of which this process holds a part
     "A model in parts: each process holds its part of every weight, gradient and mean."
     # Rajbhandari et al. 2020, arXiv:1910.02054; Zhao et al. 2023, arXiv:2304.11277
@@ -57,7 +58,7 @@ def shard(
         fully_shard(unit, mesh=mesh)
     register_fsdp_forward_method(model, "loss")
     model.to_empty(device=ranks.device)
-    for name, whole in first_weights(config):
+    for name, whole in weights or first_weights(config):
         weight = model.get_parameter(name)
         part = sharded_like(whole.to(ranks.device), weight)
         weight.to_local().data.copy_(part.to_local())
