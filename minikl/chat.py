@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
+from .files import UserError
 from .tokenizer import Tokenizer
 
 # %% ../nbs/20_requests.ipynb #q006
@@ -41,7 +42,11 @@ def request_ids(
     return readable(torch.tensor(ids[: len(ids) - answered])).tolist()
 
 def encode_request(text, tokenizer):  # list of ids
-    "One message of a user."
+    "One message of a user. `UserError` for a vocabulary that knows no roles."
+    if not has_roles(tokenizer):
+        raise UserError(
+            "the vocabulary has no role tokens: this model was not trained on requests"
+        )
     return request_ids([{"role": "user", "content": text}], tokenizer)
 
 # %% ../nbs/20_requests.ipynb #q040

@@ -65,6 +65,7 @@ import numpy
 from torch.nn.utils.rnn import pad_sequence
 
 from minikl.attention import causal_attention
+from minikl.chat import encode_request
 from minikl.data import encode_prompt
 from minikl.files import OneLineParser, UserError, one_line_errors
 from minikl.model import MiniKL
@@ -213,6 +214,7 @@ OPTIONS = (  # name, default, help
     ("vocab_dict_path", "",
      "vocabulary {token: id}; left empty: the one beside the model"),
     ("prompt", ["一生一代一双人，"], "a text to continue, or several"),
+    ("request", [], "what a model that was trained on requests is asked, or several"),
     ("interactive", False, "ask for one prompt after the other instead"),
     ("max_new_tokens", 200, "tokens to add at most"),
     ("temperature", 0.8, "0: always the likeliest token"),
@@ -249,7 +251,7 @@ def main(argv=None):
         if options.interactive:
             converse(model, tokenizer, options)
         else:
-            prompts = [as_text(prompt) for prompt in options.prompt]
+            prompts = list(map(as_text, options.request or options.prompt))
             write_samples(model, tokenizer, options, prompts)
 
 # %% ../nbs/reference/prompt.ipynb #c064
@@ -300,9 +302,11 @@ def write_samples(model, tokenizer, options, prompts, group=16):
     names = ("temperature", "top_k", "top_p", "min_p")
     knobs = {name: getattr(options, name) for name in names}
     stop = tokenizer.special.get("</s>")
+    encode = encode_request if options.request else encode_prompt
+    after = "\n" if options.request else ""
 
     def begin(jobs):  # [(prompt, seed)] → steps of `generate_batch`
-        ids = [encode_prompt(prompt, tokenizer) for prompt, _ in jobs]
+        ids = [encode(prompt, tokenizer) for prompt, _ in jobs]
         seeds = [seed for _, seed in jobs]
         return generate_batch(model, ids, options.max_new_tokens, stop, seeds, **knobs)
 
@@ -313,7 +317,7 @@ def write_samples(model, tokenizer, options, prompts, group=16):
     while jobs := list(islice(waiting, group)):
         readers = tee(begin(jobs), len(jobs))
         for row, (prompt, _) in enumerate(jobs):
-            print(prompt, end="", flush=True)
+            print(prompt, end=after, flush=True)
             own = (step[row] for step in readers[row])
             new = takewhile(lambda token: token is not None, own)
             for text in stream_text(tokenizer, new):

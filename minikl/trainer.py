@@ -29,7 +29,7 @@ from minikl.checkpoint import (
 from .files import STOP, UserError, handled
 from .folder import RESULTS, RunFolder
 from .learner import Learner
-from .options import check
+from .options import check, shape_of
 from .parallel import device_name
 from .prepare import read_data, sample_beginnings
 from minikl.record import (
@@ -62,6 +62,8 @@ def stop_signals():  # list of the signals that have come since
 class PreparedRun:
     "What a training run has: options, data, learner, folder, and what it has done."
 
+    learner_class = Learner
+
     def __init__(
         self,
         options,  # Options
@@ -74,9 +76,16 @@ class PreparedRun:
         self.folder = RunFolder(options.run.out_dir)
         if not options.run.plan:
             ranks.once_per_host(self.folder.check_writable)
-        self.data = read_data(options.data, options.model, ranks)
-        self.config = replace(options.model, vocab_size=len(self.data.tokenizer))
-        self.learner = Learner(self.config, options.learning, options.machine, ranks)
+        self.shape = shape_of(options)
+        self.data = read_data(options.data, self.shape, ranks)
+        self.config = replace(self.shape, vocab_size=len(self.data.tokenizer))
+        self.learner = self.learner_class(
+            self.config,
+            options.learning,
+            options.machine,
+            ranks,
+            options.data.init_path,
+        )
         longest = self.config.max_seq_len - 1
         prompts = options.run.sample_prompts
         self.beginnings = sample_beginnings(self.data, prompts, longest)
