@@ -15,8 +15,8 @@ from .files import UserError
 from .tokenizer import Tokenizer
 
 # %% ../nbs/20_requests.ipynb #q006
-from .data import control_ids, encode_conversation, readable  # noqa: F811
-from .jsonl import ROLE_TOKENS, conversation_text  # noqa: F811
+from .data import control_ids, encode_conversation, readable
+from .jsonl import ROLE_TOKENS, conversation_text
 
 # %% ../nbs/20_requests.ipynb #q030
 def has_roles(tokenizer):  # bool
