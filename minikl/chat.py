@@ -15,7 +15,6 @@ from .files import UserError
 from .tokenizer import Tokenizer
 
 # %% ../nbs/20_requests.ipynb #q006
-from .data import control_ids, encode_conversation, readable  # noqa: F811
 from .jsonl import ROLE_TOKENS, conversation_text  # noqa: F811
 
 # %% ../nbs/20_requests.ipynb #q030
@@ -36,17 +35,23 @@ def start_weights(
     folder,  # of a trained model
     config,  # MiniKLConfig: the same shape, the vocabulary may be larger
 ):           # iterator of (name, tensor)
-    "The weights of a trained model; rows of new tokens are drawn around the mean row."
+    "The weights of a trained model; rows of new tokens lie near the mean of all rows."
     path = Path(folder) / "model.safetensors"
     generator = torch.Generator().manual_seed(0)
     with safe_open(path, "pt") as stored:
         for name in stored.keys():
             weight = stored.get_tensor(name)
-            n_new = config.vocab_size - len(weight)
-            if name in ("embed.weight", "head.weight") and n_new > 0:
+            if name in ("embed.weight", "head.weight"):
+                n_new = config.vocab_size - len(weight)
+                if n_new < 0:
+                    rows = f"{len(weight)} tokens, the vocabulary {config.vocab_size}"
+                    raise UserError(f"{path}: {name} has rows for {rows}")
                 noise = torch.randn(n_new, config.d_model, generator=generator)
                 weight = torch.cat([weight, weight.mean(0) + 0.02 * noise])
             yield name, weight
+
+# %% ../nbs/20_requests.ipynb #q020b
+from .data import control_ids, encode_conversation, readable  # noqa: F811
 
 # %% ../nbs/20_requests.ipynb #q171
 def request_ids(

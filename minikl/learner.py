@@ -85,11 +85,11 @@ class Learner:
 
     def __init__(
         self,
-        config,    # MiniKLConfig
-        learning,  # LearningOptions
-        machine,   # MachineOptions
-        ranks,     # Ranks
-        init_path="",  # folder of a trained model to go on from
+        config,        # MiniKLConfig
+        learning,      # LearningOptions
+        machine,       # MachineOptions
+        ranks,         # Ranks
+        init_path="",  # folder of a trained model to go on from; "": a new one
     ):
         self.config = config
         self.learning = learning

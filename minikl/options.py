@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['RECIPE', 'DataOptions', 'LearningOptions', 'RunOptions', 'MachineOptions', 'recipe', 'Options', 'boolean',
-           'add_option', 'title_of', 'parse_options', 'shape_of', 'check_value', 'check']
+           'add_option', 'title_of', 'parse_options', 'stored_shape', 'shape_of', 'check_value', 'check']
 
 # %% ../nbs/reference/options.ipynb #h002
 import argparse
@@ -12,10 +12,12 @@ import math
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
+from safetensors import SafetensorError, safe_open
+
 from .corpora import CORPORA
 from .files import OneLineParser, UserError
 from .layouts import LAYOUTS
-from .model import MiniKLConfig, option, read_config
+from .model import MiniKLConfig, check_header, option, read_config
 
 # %% ../nbs/reference/options.ipynb #c050
 @dataclass
@@ -267,24 +269,42 @@ def parse_options(
     return Options(**groups)
 
 # %% ../nbs/reference/options.ipynb #o006a
+def stored_shape(
+    folder,  # of a trained model
+):           # MiniKLConfig
+    "The shape of a trained model. `UserError` names a file that is missing or wrong."
+    for name in ("config.json", "model.safetensors", "vocab_dict.json"):
+        if not (folder / name).is_file():
+            expected = "--init_path is the folder of a trained model"
+            raise UserError(f"{folder / name}: no such file; {expected}")
+    config_path = folder / "config.json"
+    weights = folder / "model.safetensors"
+    config = read_config(config_path)
+    try:
+        with safe_open(weights, "pt") as stored:
+            check_header(stored, config, weights, config_path)
+    except SafetensorError as error:
+        problem = f"damaged or not a safetensors file: {error}"
+        raise UserError(f"{weights}: {problem}") from None
+    return config
+
 def shape_of(
     options,  # Options
 ):            # MiniKLConfig
     "The shape of the model: that of the one to go on from, if there is one."
     if not options.data.init_path:
         return options.model
-    path = Path(options.data.init_path) / "config.json"
-    if not path.is_file():
-        raise UserError(f"{path}: no such file; --init_path is the folder of a model")
-    stored = read_config(path)
+    folder = Path(options.data.init_path)
+    stored = stored_shape(folder)
+    if options.data.vocab_dict_path:
+        raise UserError(f"--vocab_dict_path: the model in {folder} brings its own")
     usual = recipe()
     for entry in fields(MiniKLConfig):
-        name = entry.name
-        chosen = getattr(options.model, name)
-        found = getattr(stored, name)
-        if chosen not in (getattr(usual, name), found):
-            there = f"the model in {path.parent} has {found}"
-            raise UserError(f"--{name}={chosen}: {there}")
+        chosen = getattr(options.model, entry.name)
+        found = getattr(stored, entry.name)
+        if chosen not in (getattr(usual, entry.name), found):
+            there = f"the model in {folder} has {found}"
+            raise UserError(f"--{entry.name}={chosen}: {there}")
     return stored
 
 # %% ../nbs/reference/options.ipynb #c056
@@ -318,7 +338,8 @@ def check(
             f"batch_size={batch_size}: too few documents for {n_ranks} processes × "
             f"{grad_accum} micro-batches"
         )
-    if options.data.local_data and not options.data.vocab_dict_path:
+    given = options.data.vocab_dict_path or options.data.init_path
+    if options.data.local_data and not given:
         raise UserError(
             "local_data: needs --vocab_dict_path, since hosts with different data "
             "would train different vocabularies"

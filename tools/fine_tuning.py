@@ -1,7 +1,8 @@
 """How well are requests obeyed? Arms that differ in one thing, trained as many steps.
 
-    python tools/fine_tuning.py train [ARM …]   train arms that are not trained yet, and
-                                                examine them (3 minutes of one core each)
+    python tools/fine_tuning.py train [ARM …]   train arms that are not trained yet, one
+                                                after the other, and examine them (about
+                                                3 minutes of one core each)
     python tools/fine_tuning.py collect         write what was measured to
                                                 nbs/measured/requests.json
 
@@ -25,7 +26,7 @@ import minikl.instruct
 import minikl.prepare
 import minikl.train
 from minikl.corpora import DATA, build_poetry
-from minikl.data import Documents, TokenFile, build_tokens
+from minikl.data import Documents, TokenFile, build_tokens, encode_prompt
 from minikl.files import write_atomically
 from minikl.form import clauses, home_judge, split_records
 from minikl.instruct import answers, build_requests
@@ -122,9 +123,8 @@ def examine(folder):   # what a trained model does, {kind of request: shares}
     asked = [record for record in held_out if record["title"] in commonest] * 3
     tunes = [record["title"] for record in asked]
     lines = [first_line(record["content"]) for record in asked]
-    requests = [
-        f"以“{line}”开头写一首《{tune}》" for line, tune in zip(lines, tunes, strict=True)
-    ]
+    pairs = zip(lines, tunes, strict=True)
+    requests = [f"以“{line}”开头写一首《{tune}》" for line, tune in pairs]
     texts = answers(model, tokenizer, requests, **KNOBS)
     found["first line"] = shares(tunes, texts)
     obeyed = []
@@ -161,11 +161,20 @@ def train(names):
                 print(name, found, flush=True)
 
 
-def collect(names):
-    "Gather what was found, beside what the base model needs for plain poems."
+def examine_base():   # what the base model does, to which a request is a beginning
     model = MiniKL.load(BASE).eval()
     tokenizer = Tokenizer.load(BASE / "vocab_dict.json")
-    measured = {"base": {"plain bits": plain_bits(model, tokenizer)}}
+    tunes = home_judge().commonest(12) * 32
+    requests = [f"写一首《{tune}》" for tune in tunes]
+    with patch.object(minikl.instruct, "encode_request", encode_prompt):
+        texts = answers(model, tokenizer, requests, **KNOBS)
+    bits = plain_bits(model, tokenizer)
+    return {"plain bits": bits, "tune": shares(tunes, texts), "examples": texts[:12]}
+
+
+def collect(names):
+    "Gather what was found, beside what the base model does."
+    measured = {"base": examine_base()}
     for name in ARMS:
         path = OUT / name / "found.json"
         if path.exists():
