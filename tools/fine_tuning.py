@@ -39,15 +39,22 @@ from minikl.tokenizer import Tokenizer
 BASE = ROOT / "out"
 OUT = ROOT / "out-requests"
 MEASURED = ROOT / "nbs" / "measured" / "requests.json"
-RECIPE = ("--batch_size=16", "--lr=0.02", "--muon_lr=0.02", "--max_steps=1400")
+RECIPE = ("--batch_size=16", "--lr=0.02", "--muon_lr=0.02")
 KNOBS = {"temperature": 0.8, "top_p": 0.95}
-USUAL = {"replay": 0.25, "seed": 0, "merges": False, "one_kind": False}
+USUAL = {
+    "replay": 0.25,
+    "seed": 0,
+    "steps": 1400,
+    "merges": False,     # answers in tokens of many characters
+    "one_kind": False,   # of request: by tune
+}
 ARMS = {
     "default": {},
     "default, seed 1": {"seed": 1},
     "default, seed 2": {"seed": 2},
     "replay 0": {"replay": 0},
     "replay 1": {"replay": 1},
+    "replay 1, 2,800 steps": {"replay": 1, "steps": 2800},
     "merges": {"merges": True},
     "tunes only": {"one_kind": True},
 }
@@ -152,7 +159,8 @@ def train(names):
             if not (folder / "run.json").exists():
                 build_requests(data, replay=arm["replay"])
                 files = [f"--init_path={BASE}", f"--data_jsonl_path={data}"]
-                more = [f"--seed={arm['seed']}", "--threads=1", "--resume"]
+                more = [f"--seed={arm['seed']}", f"--max_steps={arm['steps']}"]
+                more += ["--threads=1", "--resume"]
                 out = f"--out_dir={folder}"
                 minikl.train.main([*files, *RECIPE, *more, out])
             if not (folder / "found.json").exists():
