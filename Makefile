@@ -12,11 +12,12 @@ SIDE_BY_SIDE := -n logical --maxprocesses=4 --dist=load --maxschedchunk=1
 # files that a reader does not open are not listed; tools/lab: no window asks about news
 LAB := --ContentsManager.hide_globs='["__pycache__", "*.yml", "*.css", "*.svg"]' --LabApp.app_settings_dir=tools/lab
 
-.PHONY: help run test test-everywhere soak lab export execute docs clean
+.PHONY: help run serve test test-everywhere soak lab export execute docs clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo 'make run              train on classical Chinese poetry for $(MINUTES) minutes (at most $(EPOCHS) epochs), then continue 一生一代一双人，'
+	@echo 'make serve            open the model of $(OUT)/ to your browser: a page to write with, and the API of OpenAI'
 	@echo 'make test             run every lesson and every test, side by side'
 	@echo 'make test-everywhere  the same as on three kinds of processor, one after the other'
 	@echo 'make soak             kill training runs again and again and compare them; then the tests that take minutes'
@@ -42,6 +43,9 @@ run: $(OUT)/model.safetensors
 	@$(BIN)/python -c 'import json; print("$(OUT)/ holds a model trained on", *(r := json.load(open("$(OUT)/run.json", encoding="utf-8")))["data"], "\nheld-out bits per character:", ", ".join(f"{k} {v:.2f}" for k, v in r["bits_per_char"].items()))'
 	@$(BIN)/python minikl/generate.py --model_path=$(OUT) --prompt=一生一代一双人，
 	@$(BIN)/python minikl/report.py $(OUT)
+
+serve: $(OUT)/model.safetensors
+	@$(BIN)/python -m minikl.serve --model_path=$(OUT)
 
 test: $(READY)
 	@$(BIN)/python -m pytest -q tests $(SIDE_BY_SIDE)

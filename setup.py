@@ -24,6 +24,7 @@ setup(
     license=facts["license"].upper(),
     keywords=facts["keywords"],
     packages=find_packages(include=[facts["lib_name"]]),
+    package_data={facts["lib_name"]: ["serve.html"]},   # of serve.py
     python_requires=f">={facts['min_python']}",
     install_requires=facts["requirements"].split(),
     extras_require={
@@ -36,6 +37,7 @@ setup(
             "minikl-train=minikl.train:main",
             "minikl-generate=minikl.generate:main",
             "minikl-report=minikl.report:main",
+            "minikl-serve=minikl.serve:main",
         ],
     },
 )
