@@ -211,8 +211,7 @@ def stream_text(tokenizer, ids):  # iterable of int → iterator of str
 # %% ../nbs/reference/prompt.ipynb #c063
 OPTIONS = (  # name, default, help
     ("model_path", "out", "folder of a training run, or the model.safetensors in it"),
-    ("vocab_dict_path", "",
-     "vocabulary {token: id}; left empty: the one beside the model"),
+    ("vocab_dict_path", "", "vocabulary {token: id}; empty: the one beside the model"),
     ("prompt", ["一生一代一双人，"], "a text to continue, or several"),
     ("request", [], "what a model that was trained on requests is asked, or several"),
     ("interactive", False, "ask for one prompt after the other instead"),
@@ -220,12 +219,9 @@ OPTIONS = (  # name, default, help
     ("temperature", 0.8, "0: always the likeliest token"),
     ("top_k", 0, "draw from the k likeliest only; 0: all"),
     ("top_p", 0.95, "draw from the likeliest that together have this probability"),
-    ("min_p", 0.0,
-     "draw from those at least this share as likely as the likeliest; 0: all"),
-    ("seed", 0, "the same seed draws the same text; "
-     "further samples take the seeds that follow"),
-    ("device", "auto",
-     "where to compute: cpu, cuda, mps; auto: an accelerator if there is one"),
+    ("min_p", 0.0, "draw from those this share as likely as the likeliest; 0: all"),
+    ("seed", 0, "the same seed draws the same text; more samples take those after it"),
+    ("device", "auto", "cpu, cuda, mps; auto: an accelerator if there is one"),
     ("num_samples", 1, "texts to write for each prompt"),
 )
 

@@ -10,9 +10,8 @@ import argparse
 import json
 import random
 
-from .chat import encode_request
+from .chat import encode_request, spelt
 from .corpora import DATA, build_poetry
-from .data import spelt
 from .files import OneLineParser, UserError, one_line_errors, write_atomically
 from .form import clauses, home_judge
 from .generate import generate_batch

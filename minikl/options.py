@@ -4,20 +4,17 @@
 
 # %% auto #0
 __all__ = ['RECIPE', 'DataOptions', 'LearningOptions', 'RunOptions', 'MachineOptions', 'recipe', 'Options', 'boolean',
-           'add_option', 'title_of', 'parse_options', 'stored_shape', 'shape_of', 'check_value', 'check']
+           'add_option', 'title_of', 'parse_options', 'check_value', 'check']
 
 # %% ../nbs/reference/options.ipynb #h002
 import argparse
 import math
 from dataclasses import asdict, dataclass, field, fields
-from pathlib import Path
-
-from safetensors import SafetensorError, safe_open
 
 from .corpora import CORPORA
 from .files import OneLineParser, UserError
 from .layouts import LAYOUTS
-from .model import MiniKLConfig, check_header, option, read_config
+from .model import MiniKLConfig, option
 
 # %% ../nbs/reference/options.ipynb #c050
 @dataclass
@@ -267,45 +264,6 @@ def parse_options(
         values = {entry.name: chosen[entry.name] for entry in fields(group.type)}
         groups[group.name] = group.type(**values)
     return Options(**groups)
-
-# %% ../nbs/reference/options.ipynb #o006a
-def stored_shape(
-    folder,  # of a trained model
-):           # MiniKLConfig
-    "The shape of a trained model. `UserError` names a file that is missing or wrong."
-    for name in ("config.json", "model.safetensors", "vocab_dict.json"):
-        if not (folder / name).is_file():
-            expected = "--init_path is the folder of a trained model"
-            raise UserError(f"{folder / name}: no such file; {expected}")
-    config_path = folder / "config.json"
-    weights = folder / "model.safetensors"
-    config = read_config(config_path)
-    try:
-        with safe_open(weights, "pt") as stored:
-            check_header(stored, config, weights, config_path)
-    except SafetensorError as error:
-        problem = f"damaged or not a safetensors file: {error}"
-        raise UserError(f"{weights}: {problem}") from None
-    return config
-
-def shape_of(
-    options,  # Options
-):            # MiniKLConfig
-    "The shape of the model: that of the one to go on from, if there is one."
-    if not options.data.init_path:
-        return options.model
-    folder = Path(options.data.init_path)
-    stored = stored_shape(folder)
-    if options.data.vocab_dict_path:
-        raise UserError(f"--vocab_dict_path: the model in {folder} brings its own")
-    usual = recipe()
-    for entry in fields(MiniKLConfig):
-        chosen = getattr(options.model, entry.name)
-        found = getattr(stored, entry.name)
-        if chosen not in (getattr(usual, entry.name), found):
-            there = f"the model in {folder} has {found}"
-            raise UserError(f"--{entry.name}={chosen}: {there}")
-    return stored
 
 # %% ../nbs/reference/options.ipynb #c056
 def check_value(

@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['find_data', 'find_vocabulary', 'hold_conversations', 'find_tokenizer', 'splits', 'baselines', 'find_baselines',
-           'report_passed_over', 'prepare', 'SharedTokenFile', 'TrainingData', 'prepare_requests', 'read_data',
-           'beginning_of', 'sample_beginnings']
+           'report_passed_over', 'prepare', 'SharedTokenFile', 'TrainingData', 'prepare_requests', 'read_data']
 
 # %% ../nbs/reference/prepare.ipynb #h002
 import json
@@ -16,23 +15,27 @@ from pathlib import Path
 
 import torch
 
-from .chat import encode_request, has_roles, with_roles
+from .chat import answer_of, has_roles, is_conversation, with_roles
 from .checkpoint import read_json
-from .corpora import CORPORA, DATA, CannotFetch, build_toy, toy_floor
+from minikl.corpora import (
+    CORPORA,
+    DATA,
+    CannotFetch,
+    build_toy,
+    toy_floor,
+    xz_bits_per_char,
+)
 from minikl.data import (
     Documents,
     TokenFile,
     bigram_bits_per_char,
     build_tokens,
-    encode_prompt,
     fingerprint,
     plain_fingerprint,
-    readable,
     sample_pieces,
-    xz_bits_per_char,
 )
 from .files import UserError, write_atomically
-from .jsonl import answer_of, is_conversation, read_jsonl
+from .jsonl import read_jsonl
 from .record import say
 from .tokenizer import Tokenizer
 
@@ -317,38 +320,3 @@ def read_data(
                 "predict; use longer ones, or a vocabulary with <s> and </s>"
             )
     return data
-
-# %% ../nbs/reference/prepare.ipynb #15174935
-def beginning_of(
-    document,   # ids: (tokens)
-    tokenizer,  # Tokenizer
-):              # list of ids
-    "A conversation up to its last answer; of another document the first few tokens."
-    requests = (document < 0).nonzero()
-    if len(requests):
-        return readable(document[: requests[-1] + 1]).tolist()
-    beginning = document[: min(6, 1 + len(document) // 2)].tolist()
-    text = tokenizer.decode(beginning).rstrip("�")  # no half characters
-    return encode_prompt(text, tokenizer)
-
-def sample_beginnings(
-    data,     # TrainingData
-    prompts,  # texts; []: the first tokens of three held-out documents
-    longest,  # tokens that a beginning may have
-):            # lists of token ids
-    "What the sample texts of a run begin with."
-    encode = encode_request if data.held_out.holds_requests else encode_prompt
-    texts = list(prompts)
-    for text in texts:
-        n_tokens = len(encode(text, data.tokenizer))
-        if not 0 < n_tokens <= longest:
-            raise UserError(
-                f"--sample_prompts: {text!r} has {n_tokens} tokens; "
-                f"expected 1 to {longest}"
-            )
-    found = [encode(text, data.tokenizer) for text in texts]
-    if not texts:
-        local = data.held_out.local_indices()
-        every = max(1, math.ceil(len(local) / 3))
-        found = [beginning_of(data.held_out[i], data.tokenizer) for i in local[::every]]
-    return [ids for ids in found if 0 < len(ids) <= longest]

@@ -17,26 +17,28 @@ from small_runs import (
 from torch.nn import functional as F
 
 from minikl import generate, prepare, train
-from minikl.chat import encode_request, request_ids, start_weights, with_roles
+from minikl.chat import (
+    answer_of,
+    conversation_text,
+    encode_conversation,
+    encode_request,
+    is_conversation,
+    readable,
+    request_ids,
+    start_weights,
+    with_roles,
+)
 from minikl.data import (
     IGNORE,
     Documents,
     TokenFile,
     build_tokens,
-    encode_conversation,
     encode_documents,
     hash_fraction,
-    readable,
 )
 from minikl.files import UserError
 from minikl.instruct import answers, conversation, request_records, requests_for
-from minikl.jsonl import (
-    answer_of,
-    conversation_text,
-    is_conversation,
-    read_jsonl,
-    record_text,
-)
+from minikl.jsonl import read_jsonl, record_text
 from minikl.layouts import LAYOUTS
 from minikl.model import MiniKL, MiniKLConfig
 from minikl.tokenizer import Tokenizer

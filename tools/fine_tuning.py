@@ -21,7 +21,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-import minikl.data
+import minikl.chat
 import minikl.instruct
 import minikl.prepare
 import minikl.train
@@ -73,7 +73,7 @@ def patched(arm):   # context in which an arm is trained and examined
     stack = ExitStack()
     if arm["merges"]:
         home = OUT / "merges, data"
-        stack.enter_context(patch.object(minikl.data, "spelt", merged))
+        stack.enter_context(patch.object(minikl.chat, "spelt", merged))
         stack.enter_context(patch.object(minikl.instruct, "spelt", merged))
         stack.enter_context(patch.object(minikl.prepare, "DATA", home))
     if arm["one_kind"]:
