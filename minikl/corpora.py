@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['DATA', 'FLOWERS', 'TOY_GRAMMAR', 'POETRY', 'POETRY_SHA256', 'COLLECTIONS', 'MARKDOWN', 'CORPORA', 'home', 'toy_poem',
-           'toy_corpus', 'entropy', 'toy_floor', 'built', 'open_corpus', 'build_corpus', 'toy_records', 'build_toy',
-           'CannotFetch', 'npm_command', 'npm_pack', 'fetch_poetry', 'reading_order', 'poem_files', 'simplifier',
-           'poems', 'build_poetry', 'plain_text', 'scenes', 'build_shakespeare']
+           'toy_corpus', 'entropy', 'toy_floor', 'xz_bits_per_char', 'built', 'open_corpus', 'build_corpus',
+           'toy_records', 'build_toy', 'CannotFetch', 'npm_command', 'npm_pack', 'fetch_poetry', 'reading_order',
+           'poem_files', 'simplifier', 'poems', 'build_poetry', 'plain_text', 'scenes', 'build_shakespeare']
 
 # %% ../nbs/reference/corpora.ipynb #h002
 import errno
@@ -110,6 +110,21 @@ def toy_floor():  # bits per character that no model can beat on average
     first, second = map(entropy, TOY_GRAMMAR)
     short, long = sorted({len(text) for text, _ in toy_corpus(100)})
     return (first + 1 + second / 2) / ((short + long) / 2)
+
+# %% ../nbs/reference/corpora.ipynb #h005
+import lzma
+
+# %% ../nbs/reference/corpora.ipynb #c074
+def xz_bits_per_char(
+    train,     # texts to compress first: list of str
+    held_out,  # texts to compress after them: list of str
+):             # float
+    "Bits per character that `xz -9e` adds for texts when it has just read others."
+    def size(texts):
+        raw = "\n".join(texts).encode("utf-8", "surrogatepass")
+        return len(lzma.compress(raw, preset=9 | lzma.PRESET_EXTREME))
+
+    return 8 * (size(train + held_out) - size(train)) / sum(map(len, held_out))
 
 # %% ../nbs/reference/corpora.ipynb #c093
 def built(

@@ -65,6 +65,7 @@ import numpy
 from torch.nn.utils.rnn import pad_sequence
 
 from minikl.attention import causal_attention
+from minikl.chat import encode_request
 from minikl.data import encode_prompt
 from minikl.files import OneLineParser, UserError, one_line_errors
 from minikl.model import MiniKL
@@ -210,20 +211,17 @@ def stream_text(tokenizer, ids):  # iterable of int → iterator of str
 # %% ../nbs/reference/prompt.ipynb #c063
 OPTIONS = (  # name, default, help
     ("model_path", "out", "folder of a training run, or the model.safetensors in it"),
-    ("vocab_dict_path", "",
-     "vocabulary {token: id}; left empty: the one beside the model"),
+    ("vocab_dict_path", "", "vocabulary {token: id}; empty: the one beside the model"),
     ("prompt", ["一生一代一双人，"], "a text to continue, or several"),
+    ("request", [], "what a model that was trained on requests is asked, or several"),
     ("interactive", False, "ask for one prompt after the other instead"),
     ("max_new_tokens", 200, "tokens to add at most"),
     ("temperature", 0.8, "0: always the likeliest token"),
     ("top_k", 0, "draw from the k likeliest only; 0: all"),
     ("top_p", 0.95, "draw from the likeliest that together have this probability"),
-    ("min_p", 0.0,
-     "draw from those at least this share as likely as the likeliest; 0: all"),
-    ("seed", 0, "the same seed draws the same text; "
-     "further samples take the seeds that follow"),
-    ("device", "auto",
-     "where to compute: cpu, cuda, mps; auto: an accelerator if there is one"),
+    ("min_p", 0.0, "draw from those this share as likely as the likeliest; 0: all"),
+    ("seed", 0, "the same seed draws the same text; more samples take those after it"),
+    ("device", "auto", "cpu, cuda, mps; auto: an accelerator if there is one"),
     ("num_samples", 1, "texts to write for each prompt"),
 )
 
@@ -249,7 +247,7 @@ def main(argv=None):
         if options.interactive:
             converse(model, tokenizer, options)
         else:
-            prompts = [as_text(prompt) for prompt in options.prompt]
+            prompts = list(map(as_text, options.request or options.prompt))
             write_samples(model, tokenizer, options, prompts)
 
 # %% ../nbs/reference/prompt.ipynb #c064
@@ -300,9 +298,11 @@ def write_samples(model, tokenizer, options, prompts, group=16):
     names = ("temperature", "top_k", "top_p", "min_p")
     knobs = {name: getattr(options, name) for name in names}
     stop = tokenizer.special.get("</s>")
+    encode = encode_request if options.request else encode_prompt
+    after = "\n" if options.request else ""
 
     def begin(jobs):  # [(prompt, seed)] → steps of `generate_batch`
-        ids = [encode_prompt(prompt, tokenizer) for prompt, _ in jobs]
+        ids = [encode(prompt, tokenizer) for prompt, _ in jobs]
         seeds = [seed for _, seed in jobs]
         return generate_batch(model, ids, options.max_new_tokens, stop, seeds, **knobs)
 
@@ -313,7 +313,7 @@ def write_samples(model, tokenizer, options, prompts, group=16):
     while jobs := list(islice(waiting, group)):
         readers = tee(begin(jobs), len(jobs))
         for row, (prompt, _) in enumerate(jobs):
-            print(prompt, end="", flush=True)
+            print(prompt, end=after, flush=True)
             own = (step[row] for step in readers[row])
             new = takewhile(lambda token: token is not None, own)
             for text in stream_text(tokenizer, new):

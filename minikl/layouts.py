@@ -12,7 +12,8 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from .attention import causal_attention
-from .data import IGNORE, next_tokens, readable
+from .chat import readable
+from .data import IGNORE, next_tokens
 from .files import UserError
 
 # %% ../nbs/08_nested_tensors.ipynb #c019

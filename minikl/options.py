@@ -4,18 +4,17 @@
 
 # %% auto #0
 __all__ = ['RECIPE', 'DataOptions', 'LearningOptions', 'RunOptions', 'MachineOptions', 'recipe', 'Options', 'boolean',
-           'add_option', 'title_of', 'parse_options', 'shape_of', 'check_value', 'check']
+           'add_option', 'title_of', 'parse_options', 'check_value', 'check']
 
 # %% ../nbs/reference/options.ipynb #h002
 import argparse
 import math
 from dataclasses import asdict, dataclass, field, fields
-from pathlib import Path
 
 from .corpora import CORPORA
 from .files import OneLineParser, UserError
 from .layouts import LAYOUTS
-from .model import MiniKLConfig, option, read_config
+from .model import MiniKLConfig, option
 
 # %% ../nbs/reference/options.ipynb #c050
 @dataclass
@@ -266,27 +265,6 @@ def parse_options(
         groups[group.name] = group.type(**values)
     return Options(**groups)
 
-# %% ../nbs/reference/options.ipynb #o006a
-def shape_of(
-    options,  # Options
-):            # MiniKLConfig
-    "The shape of the model: that of the one to go on from, if there is one."
-    if not options.data.init_path:
-        return options.model
-    path = Path(options.data.init_path) / "config.json"
-    if not path.is_file():
-        raise UserError(f"{path}: no such file; --init_path is the folder of a model")
-    stored = read_config(path)
-    usual = recipe()
-    for entry in fields(MiniKLConfig):
-        name = entry.name
-        chosen = getattr(options.model, name)
-        found = getattr(stored, name)
-        if chosen not in (getattr(usual, name), found):
-            there = f"the model in {path.parent} has {found}"
-            raise UserError(f"--{name}={chosen}: {there}")
-    return stored
-
 # %% ../nbs/reference/options.ipynb #c056
 def check_value(
     name,   # of an option
@@ -318,7 +296,8 @@ def check(
             f"batch_size={batch_size}: too few documents for {n_ranks} processes × "
             f"{grad_accum} micro-batches"
         )
-    if options.data.local_data and not options.data.vocab_dict_path:
+    given = options.data.vocab_dict_path or options.data.init_path
+    if options.data.local_data and not given:
         raise UserError(
             "local_data: needs --vocab_dict_path, since hosts with different data "
             "would train different vocabularies"

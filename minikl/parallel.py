@@ -45,10 +45,10 @@ class Objective(nn.Module):
 
 # %% ../nbs/11_ddp.ipynb #309ff159
 def shard(
-    config,  # MiniKLConfig
-    ranks,   # Ranks, more than one
-    weights=None,  # iterator of (name, whole tensor); None: as a new model begins
-):           # MiniKL of which this process holds a part
+    config,        # MiniKLConfig
+    ranks,         # Ranks, more than one
+    weights=None,  # iterator of (name, whole tensor); None: those of a new model
+):                 # MiniKL of which this process holds a part
     "A model in parts: each process holds its part of every weight, gradient and mean."
     # Rajbhandari et al. 2020, arXiv:1910.02054; Zhao et al. 2023, arXiv:2304.11277
     with torch.device("meta"):

@@ -4,10 +4,14 @@
 
 # %% auto #0
 __all__ = ['newest_on_any_host', 'how_it_differs', 'find_checkpoint', 'what_changed', 'read_checkpoint', 'announce',
-           'continue_from', 'begin']
+           'continue_from', 'begin', 'stored_shape', 'shape_of']
 
 # %% ../nbs/reference/resume.ipynb #h002
+from dataclasses import fields
 from functools import partial
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
 
 from minikl.checkpoint import (
     MAY_BE_EXTENDED,
@@ -18,6 +22,8 @@ from minikl.checkpoint import (
     unpack,
 )
 from .files import UserError
+from .model import MiniKLConfig, check_header, read_config
+from .options import recipe
 from .record import Progress, say
 from .step import schedule
 
@@ -154,3 +160,42 @@ def begin(
             say(f"no checkpoint in {run.folder.path}: beginning at step 0")
         run.folder.begin()
     return True
+
+# %% ../nbs/reference/resume.ipynb #o006a
+def stored_shape(
+    folder,  # of a trained model
+):           # MiniKLConfig
+    "The shape of a trained model. `UserError` names a file that is missing or wrong."
+    for name in ("config.json", "model.safetensors", "vocab_dict.json"):
+        if not (folder / name).is_file():
+            expected = "--init_path is the folder of a trained model"
+            raise UserError(f"{folder / name}: no such file; {expected}")
+    config_path = folder / "config.json"
+    weights = folder / "model.safetensors"
+    config = read_config(config_path)
+    try:
+        with safe_open(weights, "pt") as stored:
+            check_header(stored, config, weights, config_path)
+    except SafetensorError as error:
+        problem = f"damaged or not a safetensors file: {error}"
+        raise UserError(f"{weights}: {problem}") from None
+    return config
+
+def shape_of(
+    options,  # Options
+):            # MiniKLConfig
+    "The shape of the model: that of the one to go on from, if there is one."
+    if not options.data.init_path:
+        return options.model
+    folder = Path(options.data.init_path)
+    stored = stored_shape(folder)
+    if options.data.vocab_dict_path:
+        raise UserError(f"--vocab_dict_path: the model in {folder} brings its own")
+    usual = recipe()
+    for entry in fields(MiniKLConfig):
+        chosen = getattr(options.model, entry.name)
+        found = getattr(stored, entry.name)
+        if chosen not in (getattr(usual, entry.name), found):
+            there = f"the model in {folder} has {found}"
+            raise UserError(f"--{entry.name}={chosen}: {there}")
+    return stored

@@ -28,10 +28,10 @@ from minikl.checkpoint import (
 )
 from .files import STOP, UserError, handled
 from .folder import RESULTS, RunFolder
-from .learner import Learner
-from .options import check, shape_of
+from .learner import Learner, sample_beginnings
+from .options import check
 from .parallel import device_name
-from .prepare import read_data, sample_beginnings
+from .prepare import read_data
 from minikl.record import (
     Progress,
     Recorder,
@@ -40,7 +40,7 @@ from minikl.record import (
     time_stamp,
     to_json_lines,
 )
-from .resume import begin
+from .resume import begin, shape_of
 
 # %% ../nbs/13_train.ipynb #c085b
 @contextmanager

@@ -17,8 +17,9 @@ from minikl.corpora import (
     entropy,
     toy_corpus,
     toy_floor,
+    xz_bits_per_char,
 )
-from minikl.data import bigram_bits_per_char, hash_fraction, xz_bits_per_char
+from minikl.data import bigram_bits_per_char, hash_fraction
 from minikl.files import UserError
 from minikl.jsonl import read_jsonl
 

@@ -391,7 +391,7 @@ def test_half_a_pair_in_names_and_settings(tmp_path):
     folder = build_tokens(corpus, trained, tmp_path)
     assert TokenFile(folder).n_chars.tolist() == [3, 1]
     assert len(fingerprint(corpus, {special: 0})) == 16
-    for baseline in (data.bigram_bits_per_char, data.xz_bits_per_char):
+    for baseline in (data.bigram_bits_per_char, corpora.xz_bits_per_char):
         assert baseline([f"a{HALF}b"], [HALF]) > 0
 
 
