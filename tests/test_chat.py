@@ -1,10 +1,13 @@
 "Conversations: read as they are shared, and learnt in their answers only."
+import importlib
 import json
 import shutil
 import signal
+import sys
 
 import pytest
 import torch
+from conftest import ROOT
 from small_runs import (
     OLD,
     TINY,
@@ -423,3 +426,45 @@ def test_answers_begin_as_they_are_told(tune, tmp_path):
         assert text.startswith(beginning)
     again = answers(model, tokenizer, requests, beginnings, group=2, temperature=0.8)
     assert again == found
+
+
+# ---- what lesson 20 says it has measured
+
+
+@pytest.fixture(scope="module")
+def fine_tuning():
+    sys.path.append(str(ROOT / "tools"))
+    yield importlib.import_module("fine_tuning")
+    sys.path.remove(str(ROOT / "tools"))
+
+
+def test_the_arm_with_merges_does_merge(fine_tuning):
+    tokenizer = with_roles(Tokenizer.train(["花开花落"] * 20, 300))
+    text = conversation_text([USER, {"role": "assistant", "content": "花开花落"}])
+    with fine_tuning.patched(fine_tuning.USUAL):
+        spelt = len(encode_conversation(text, tokenizer)[0])
+    with fine_tuning.patched({**fine_tuning.USUAL, "merges": True}):
+        merged = len(encode_conversation(text, tokenizer)[0])
+    assert merged == spelt - 3   # the answer is one token of four characters
+
+
+def test_the_lesson_says_what_was_measured(fine_tuning):
+    measured = json.loads(fine_tuning.MEASURED.read_text(encoding="utf-8"))
+    assert measured.keys() == {"base", *fine_tuning.ARMS}
+    lesson = json.loads((ROOT / "nbs" / "20_requests.ipynb").read_text("utf-8"))
+    prose = ""
+    for cell in lesson["cells"]:
+        if cell["cell_type"] == "markdown":
+            prose += "".join(cell["source"])
+    said = []
+    base = measured["base"]["plain bits"]
+    for name, arm in measured.items():
+        if name.startswith("default"):
+            said += [f"{100 * arm['first line given']['form']:.1f} %"]
+            said += [f"{100 * arm['first line']['obeyed']:.1f} %"]
+        if name != "base":
+            said.append(f"{100 * arm['tune']['form']:.1f} %")
+        if name in ("replay 0", "default", "replay 1", "replay 1, 2,800 steps"):
+            said.append(f"{arm['plain bits'] - base:.2f}")
+    assert not [number for number in said if number not in prose]
+    assert measured["base"]["tune"]["form"] == 0

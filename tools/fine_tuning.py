@@ -45,8 +45,7 @@ USUAL = {
     "replay": 0.25,
     "seed": 0,
     "steps": 1400,
-    "merges": False,     # answers in tokens of many characters
-    "one_kind": False,   # of request: by tune
+    "merges": False,   # tokens of many characters in conversations, too
 }
 ARMS = {
     "default": {},
@@ -56,16 +55,11 @@ ARMS = {
     "replay 1": {"replay": 1},
     "replay 1, 2,800 steps": {"replay": 1, "steps": 2800},
     "merges": {"merges": True},
-    "tunes only": {"one_kind": True},
 }
 
 
 def merged(text, tokenizer):   # in place of `spelt`
     return tokenizer.encode(text)
-
-
-def by_tune(record):   # in place of `requests_for`
-    return [f"写一首《{record['title']}》"]
 
 
 def patched(arm):   # context in which an arm is trained and examined
@@ -76,9 +70,6 @@ def patched(arm):   # context in which an arm is trained and examined
         stack.enter_context(patch.object(minikl.chat, "spelt", merged))
         stack.enter_context(patch.object(minikl.instruct, "spelt", merged))
         stack.enter_context(patch.object(minikl.prepare, "DATA", home))
-    if arm["one_kind"]:
-        one_kind = patch.object(minikl.instruct, "requests_for", by_tune)
-        stack.enter_context(one_kind)
     return stack
 
 
@@ -118,7 +109,6 @@ def examine(folder):   # what a trained model does, {kind of request: shares}
     requests = [f"写一首《{tune}》" for tune in tunes]
     texts = answers(model, tokenizer, requests, **KNOBS)
     found["tune"] = shares(tunes, texts)
-    found["examples"] = texts[:12]
 
     draw = random.Random(0)
     poems = [record for record in kept if record["title"] in commonest]
@@ -177,7 +167,7 @@ def examine_base():   # what the base model does, to which a request is a beginn
     with patch.object(minikl.instruct, "encode_request", encode_prompt):
         texts = answers(model, tokenizer, requests, **KNOBS)
     bits = plain_bits(model, tokenizer)
-    return {"plain bits": bits, "tune": shares(tunes, texts), "examples": texts[:12]}
+    return {"plain bits": bits, "tune": shares(tunes, texts)}
 
 
 def collect(names):
