@@ -39,6 +39,10 @@ METRICS = {   # name in compare.json: (English, Chinese, as text, what it means)
         percent,
         "of those that the tune asks for and those that are too many, poem by poem",
     ),
+}
+
+# %% ../nbs/reference/compare.ipynb #w012b
+METRICS |= {
     "rhyme": (
         "rhymes, by the judge",
         "押韵（裁判自学的韵部）",
@@ -75,6 +79,10 @@ METRICS |= {
         percent,
         "the same for two characters in a row",
     ),
+}
+
+# %% ../nbs/reference/compare.ipynb #w013b
+METRICS |= {
     "copied": (
         "longest copy, mean",
         "最长的照抄：平均字数",
@@ -149,6 +157,10 @@ th, .wide td + td { white-space: nowrap; text-align: right; min-width: 5.5rem;
 @media (max-width: 40rem) { .wide td:first-child { min-width: 7rem; font-size: .8rem }
   th, .wide td + td { min-width: 3.6rem; padding-right: .4rem; font-size: .9rem }
   .span { min-width: 3.2rem } }
+"""
+
+# %% ../nbs/reference/compare.ipynb #w030b
+TABLE_STYLE += """
 .poems { display: grid; gap: 1rem; margin: .8rem 0 1.5rem;
   grid-template-columns: repeat(auto-fit, minmax(min(15rem, 100%), 1fr)) }
 .poems > div { background: var(--card); border: 1px solid var(--line);
@@ -180,6 +192,10 @@ poems in form says nothing of its verse.
 {% if no_pinyin %}<p class="finding advice">The package pypinyin is not installed, so
 there is no second opinion on rhymes.
 <span lang="zh">没有安装 pypinyin，缺少对押韵的旁证。</span></p>{% endif %}
+"""
+
+# %% ../nbs/reference/compare.ipynb #w031b
+PAGE += """
 <div class="wide"><table><tr><th></th>{% for result in results %}
 <th>{{ result.name }}</th>{% endfor %}</tr>
 {% for metric, (english, chinese, _, meaning) in metrics.items() %}
@@ -204,6 +220,10 @@ PAGE += """
 line.text[(before ~ ending)|length:] }}{% if not line.ok %}
 <span class="off">{{ fault(line) }}</span>{% endif %}</li>
 {%- endmacro -%}
+"""
+
+# %% ../nbs/reference/compare.ipynb #w032b
+PAGE += """
 <h2>Poems <span lang="zh">作品</span></h2>
 <p class="soft">The first that each was asked for. ✓ and ✗: has the clause the length
 and the mark of the tune? A line under an ending: it rhymes with the one before; dots:
