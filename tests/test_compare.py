@@ -9,17 +9,15 @@ import pytest
 import torch
 
 from minikl import compare, compared
+from minikl.asking import Writer, bits_of, pieces
 from minikl.chat import with_roles
 from minikl.compare import (
     ENOUGH,
     Contest,
     Copies,
-    Writer,
-    bits_of,
     characters,
     distinct,
     judge_poems,
-    pieces,
     rhyme_pairs,
     sorted_places,
     wilson,

@@ -141,7 +141,7 @@ MODULES = (
     "files jsonl bpe tokenizer data chat rope attention layouts limits model step "
     "generate parallel checkpoint corpora rhyme form instruct options record prepare "
     "folder learner resume trainer plan train recorded charts words page report "
-    "bench llama compared compare"
+    "bench llama asking compared compare"
 ).split()
 
 
