@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LARGEST_NUMBER', 'TRAINING', 'EVALUATION', 'SAMPLE', 'OVERFLOWS', 'EXPECTED', 'is_number', 'is_shallow',
            'json_object', 'read_json_lines', 'check_line', 'printable', 'RecordedRun', 'read_settings', 'checked_lines',
-           'checked_samples', 'read_run', 'stretch_medians', 'bits_of']
+           'checked_samples', 'read_comparison', 'read_run', 'stretch_medians', 'bits_of']
 
 # %% ../nbs/reference/recorded.ipynb #h002
 import json
@@ -107,6 +107,7 @@ class RecordedRun:
     evaluations: list   # of dict: those that have EVALUATION
     samples: list       # of dict: the lines of samples.jsonl
     findings: dict = field(default_factory=dict)   # what `diagnose` says
+    compared: dict = field(default_factory=dict)   # its figures in compare.json
 
     def section(self, name):
         "A part of the settings; empty where they have none of that name."
@@ -174,6 +175,17 @@ def checked_samples(path):
     return samples
 
 # %% ../nbs/reference/recorded.ipynb #r016g
+def read_comparison(folder):  # dict; empty where there is none
+    "The figures of this run among those of other models (lesson 24)."
+    path = folder / "compare.json"
+    if not path.is_file():
+        return {}
+    results = json_object(path.read_bytes(), path).get("models")
+    for result in results if isinstance(results, list) else []:
+        if isinstance(result, dict) and result.get("name") == folder.absolute().name:
+            return result
+    return {}
+
 def read_run(
     folder,  # --out_dir of a run, finished or not
 ):           # RecordedRun
@@ -200,6 +212,7 @@ def read_run(
         training=training,
         evaluations=[line for line in metrics if "bits_per_char" in line],
         samples=checked_samples(place / f"samples.{ending}"),
+        compared=read_comparison(folder),
     )
 
 # %% ../nbs/reference/recorded.ipynb #r020

@@ -141,7 +141,7 @@ MODULES = (
     "files chat jsonl bpe tokenizer data rope attention layouts limits model step lora "
     "generate parallel checkpoint corpora rhyme form instruct options record prepare "
     "folder learner resume trainer plan train recorded charts words page report bench "
-    "llama writer api serve"
+    "llama writer api serve asking compared compare"
 ).split()
 
 
