@@ -4,6 +4,7 @@ MINUTES ?= 3
 EPOCHS ?= 4
 PROCESSES ?= 2
 OUT ?= out
+REQUESTS := data/requests.jsonl
 BIN := .venv/bin
 READY := .venv/ready
 # a worker a core, four at most; each takes the longest test that is left
@@ -12,12 +13,13 @@ SIDE_BY_SIDE := -n logical --maxprocesses=4 --dist=load --maxschedchunk=1
 # files that a reader does not open are not listed; tools/lab: no window asks about news
 LAB := --ContentsManager.hide_globs='["__pycache__", "*.yml", "*.css", "*.svg"]' --LabApp.app_settings_dir=tools/lab
 
-.PHONY: help run serve test test-everywhere soak lab export execute docs clean
+.PHONY: help run serve compare test test-everywhere soak lab export execute docs clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo 'make run              train on classical Chinese poetry for $(MINUTES) minutes (at most $(EPOCHS) epochs), then continue 一生一代一双人，'
-	@echo 'make serve            open the model of $(OUT)/ to your browser: a page to write with, and the API of OpenAI'
+	@echo 'make serve            teach the model of $(OUT)/ to follow requests (1 minute) and to keep the form (2 minutes), then open a page to write with'
+	@echo 'make compare          one page that compares the three models, $(OUT)/compare.html'
 	@echo 'make test             run every lesson and every test, side by side'
 	@echo 'make test-everywhere  the same as on three kinds of processor, one after the other'
 	@echo 'make soak             kill training runs again and again and compare them; then the tests that take minutes'
@@ -44,8 +46,19 @@ run: $(OUT)/model.safetensors
 	@$(BIN)/python minikl/generate.py --model_path=$(OUT) --prompt=一生一代一双人，
 	@$(BIN)/python minikl/report.py $(OUT)
 
-serve: $(OUT)/model.safetensors
-	@$(BIN)/python -m minikl.serve --model_path=$(OUT)
+# lesson 20: learn on from requests; lesson 22: from the judge's reward
+$(OUT)-sft/model.safetensors: | $(OUT)/model.safetensors
+	$(BIN)/python -m minikl.instruct --out=$(REQUESTS)
+	OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node=$(PROCESSES) minikl/train.py --init_path=$(OUT) --data_jsonl_path=$(REQUESTS) --batch_size=16 --minutes=1 --out_dir=$(OUT)-sft --resume
+
+$(OUT)-rl/model.safetensors: | $(OUT)-sft/model.safetensors
+	OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node=$(PROCESSES) -m minikl.grpo --init_path=$(OUT)-sft --data_jsonl_path=$(REQUESTS) --minutes=1.7 --out_dir=$(OUT)-rl --resume
+
+serve: $(OUT)-rl/model.safetensors
+	@$(BIN)/python -m minikl.serve --model_path=$(OUT)-rl
+
+compare: $(OUT)-rl/model.safetensors
+	@$(BIN)/python -m minikl.compare $(OUT) $(OUT)-sft $(OUT)-rl
 
 test: $(READY)
 	@$(BIN)/python -m pytest -q tests $(SIDE_BY_SIDE)
@@ -71,4 +84,4 @@ docs: $(READY)
 	$(BIN)/python tools/docs.py
 
 clean:
-	rm -rf $(OUT) _docs _proc data/cache data/poetry.jsonl data/poetry-large.jsonl data/nalan.jsonl data/shakespeare.jsonl data/chinese-poetry-2.0.1.tgz nbs/nbdev.yml
+	rm -rf $(OUT) $(OUT)-sft $(OUT)-rl $(REQUESTS) _docs _proc data/cache data/poetry.jsonl data/poetry-large.jsonl data/nalan.jsonl data/shakespeare.jsonl data/chinese-poetry-2.0.1.tgz nbs/nbdev.yml
