@@ -24,11 +24,11 @@ def roll_out(
     seeds,            # a whole number for each answer, on which alone its draws depend
     longest=128,      # tokens of an answer at most, </s> included
     temperature=1.0,  # of the draws
+    **cuts,           # as for `narrow`; none while it learns
 ):                    # lists of ids: the answers, with </s> where they came to an end
     "Let the model answer requests."
-    steps = generate_batch(
-        model, requests, longest, stop, seeds, temperature=temperature
-    )
+    knobs = {"temperature": temperature, **cuts}
+    steps = generate_batch(model, requests, longest, stop, seeds, **knobs)
     answers = [[] for _ in requests]
     for column in steps:
         for row, token in enumerate(column):
@@ -74,7 +74,7 @@ class RewardOptions:
 
     group_size: int = option(8, "answers to each request", at_least=2, below=10**4)
     kl: float = option(
-        0.02, "what a nat away from the first model costs", at_least=0, below=1e6
+        0.01, "what a nat away from the first model costs", at_least=0, below=1e6
     )
     clip_range: float = option(
         0.2, "how far a probability may move, as a share", at_least=0, below=1e6
