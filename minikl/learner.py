@@ -84,6 +84,8 @@ class StepResult:
 class Learner:
     "A model and all that changes it. Every process has one."
 
+    objective_class = Objective  # the loss of a batch, as a module
+
     def __init__(
         self,
         config,        # MiniKLConfig
@@ -108,9 +110,9 @@ class Learner:
             if weights:
                 self.model.load_state_dict(dict(weights))
             self.model.to(ranks.device)
-        self.loss = self.model.loss
+        objective = self.objective_class(self.model)
+        self.loss = objective.forward
         if ranks.world > 1 and not self.is_sharded:
-            objective = Objective(self.model)
             self.loss = DistributedDataParallel(objective, process_group=ranks.group)
         self.precision = Precision(machine.dtype, ranks.device.type)
         self.layout = LAYOUTS[learning.layout]

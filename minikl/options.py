@@ -243,27 +243,29 @@ def title_of(group):  # the first sentence of a dataclass's docstring
     return group.type.__doc__.split(".")[0]
 
 def parse_options(
-    argv=None,  # list of str; None: the command line
-):              # Options
+    argv=None,     # list of str; None: the command line
+    kind=Options,  # or a class with more groups
+    script="train.py",
+):                 # of that kind
     "Read the command line. `UserError` says in one line what is wrong with it."
     parser = OneLineParser(
-        "train.py",
+        script,
         description="Train MiniKL, by python or by torchrun.",
         usage="%(prog)s [--option=value …]",
         allow_abbrev=False,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    for group in fields(Options):
+    for group in fields(kind):
         section = parser.add_argument_group(title_of(group))
         for entry in fields(group.type):
             default = RECIPE.get(entry.name, entry.default)
             add_option(section, entry.name, default, entry.metadata)
     chosen = vars(parser.parse_args(argv))
     groups = {}
-    for group in fields(Options):
+    for group in fields(kind):
         values = {entry.name: chosen[entry.name] for entry in fields(group.type)}
         groups[group.name] = group.type(**values)
-    return Options(**groups)
+    return kind(**groups)
 
 # %% ../nbs/reference/options.ipynb #c056
 def check_value(

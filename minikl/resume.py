@@ -24,7 +24,7 @@ from minikl.checkpoint import (
 from .files import UserError
 from .model import MiniKLConfig, check_header, read_config
 from .options import recipe
-from .record import Progress, say
+from .record import say
 from .step import schedule
 
 # %% ../nbs/reference/resume.ipynb #s002
@@ -88,7 +88,7 @@ def read_checkpoint(
     "Bring a run into the state of a checkpoint."
     learner = run.learner
     state = unpack(path, learner.model, learner.optimizers)
-    run.progress = Progress.from_dict(state["at"])
+    run.progress = type(run.progress).from_dict(state["at"])
     run.began = state["settings"].get("started", "")  # older versions have none
     if run.is_first:  # nobody else writes lines
         run.lines = state["lines"]

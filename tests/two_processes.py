@@ -3,6 +3,7 @@
 A server imports PyTorch once and forks itself for each process, where that is possible:
 a run starts in a tenth of a second instead of several.
 """
+import importlib
 import multiprocessing
 import os
 import subprocess
@@ -18,12 +19,13 @@ CONTEXT.set_forkserver_preload(["minikl.train"])
 def run(
     arguments,  # of the script minikl/train.py
     folder,     # where what the processes print is kept
+    script="minikl.train",  # module with a `main`
 ):              # CompletedProcess; its exit code is the first that is not 0
     "Train with two processes."
     port = free_port()
     arguments = list(arguments)
     ranks = [
-        CONTEXT.Process(target=begin, args=(rank, port, arguments, folder))
+        CONTEXT.Process(target=begin, args=(rank, port, arguments, folder, script))
         for rank in range(2)
     ]
     for process in ranks:
@@ -37,7 +39,7 @@ def run(
     return subprocess.CompletedProcess(arguments, code, *said)
 
 
-def begin(rank, port, arguments, folder):
+def begin(rank, port, arguments, folder, script):
     "What each process does."
     os.environ.update(
         RANK=str(rank),
@@ -52,5 +54,4 @@ def begin(rank, port, arguments, folder):
         file = os.open(folder / name, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(file, stream.fileno())
         stream.reconfigure(encoding="utf-8")
-    from minikl.train import main
-    main(arguments)
+    importlib.import_module(script).main(arguments)
