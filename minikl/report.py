@@ -81,7 +81,8 @@ def read_evaluations(symptoms, run):
         symptoms.held_out = bits_of(evaluations[-1])
         symptoms.best_step = best["step"]
         symptoms.worse = ratio(symptoms.held_out, bits_of(best)) - 1
-        symptoms.gap = ratio(symptoms.held_out, stretch_medians(bits, 5)[4])
+        if "reward" not in run.training[-1]:  # else it has read its own texts
+            symptoms.gap = ratio(symptoms.held_out, stretch_medians(bits, 5)[4])
     symptoms.bigram = run.baselines.get("bigram", math.nan)
     floor = run.baselines.get("entropy of the grammar", math.nan)
     symptoms.above_floor = symptoms.held_out / floor - 1
