@@ -241,6 +241,7 @@ from minikl.words import (
     say_gradient,
     say_loss,
     say_rate,
+    say_reward,
     say_ruler,
     say_speed,
 )
@@ -253,7 +254,7 @@ def charts_of(
     clip = runs[0].options.get("clip")
     limit = clip if is_number(clip) and clip > 0 else None
     norm = "norm of the gradient"
-    return [
+    drawn = [
         (svg(draw_loss, runs), said(say_loss, runs)),
         (svg(draw_ruler, runs), said(say_ruler, runs)),
         (
@@ -266,6 +267,10 @@ def charts_of(
         ),
         (svg(draw_metric, runs, "lr", "learning rate"), said(say_rate, runs)),
     ]
+    if all("reward" in run.training[-1] for run in runs):  # lesson 22
+        rewards = svg(draw_metric, runs, "reward", "mean reward")
+        drawn.insert(1, (rewards, said(say_reward, runs)))
+    return drawn
 
 # %% ../nbs/reference/page.ipynb #r039c
 def write_report(

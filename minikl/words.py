@@ -5,15 +5,15 @@
 # %% auto #0
 __all__ = ['COMPARED', 'BASELINES', 'number', 'short', 'readable', 'in_words', 'duration', 'joined', 'file_names', 'title_of',
            'when', 'where', 'facts_of', 'figures_of', 'command_of', 'held_out', 'beside', 'say_held_out', 'say_loss',
-           'say_ruler', 'say_gradient', 'say_speed', 'say_rate', 'is_chinese', 'verse', 'thin', 'texts_over_time',
-           'say_texts', 'is_cut', 'results_of', 'said']
+           'say_ruler', 'say_gradient', 'say_speed', 'say_rate', 'say_reward', 'is_chinese', 'verse', 'thin',
+           'texts_over_time', 'say_texts', 'is_cut', 'results_of', 'said']
 
 # %% ../nbs/reference/words.ipynb #pg010
 import math
 import re
 import shlex
 from datetime import datetime
-from statistics import median
+from statistics import mean, median
 
 from .recorded import bits_of, is_number, stretch_medians
 
@@ -257,6 +257,15 @@ def say_rate(run):  # text
     return (
         f"The learning rate was highest, {short(max(rates))}, at step {number(step)}, "
         f"and ended at {short(rates[-1])}."
+    )
+
+def say_reward(run):  # text
+    "What one sees in the chart of the reward."
+    rewards = [line["reward"] for line in run.training]
+    n = max(1, len(rewards) // 10)
+    return (
+        f"The mean reward of the answers went from {short(mean(rewards[:n]))} to "
+        f"{short(mean(rewards[-n:]))} (means of a tenth of the lines)."
     )
 
 # %% ../nbs/reference/words.ipynb #pg060
