@@ -139,9 +139,9 @@ def test_part_one_is_read_in_a_weekend():
 # from below to above: a module imports only from those before it
 MODULES = (
     "files jsonl bpe tokenizer data chat rope attention layouts limits model step "
-    "generate parallel checkpoint corpora rhyme form instruct options record prepare "
-    "folder learner resume trainer plan train recorded charts words page report "
-    "bench llama"
+    "generate parallel checkpoint corpora rhyme form instruct dpo options record "
+    "prepare folder learner resume trainer plan train recorded charts words page "
+    "report bench llama"
 ).split()
 
 
