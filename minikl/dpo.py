@@ -35,6 +35,7 @@ def answer_log_probs(
     rows = is_asked.nonzero()[:, 0]
     return losses.new_zeros(len(docs)).index_add(0, rows, -losses)
 
+# %% ../nbs/23_preferences.ipynb #d023b
 def pair_log_probs(model, pairs):  # (pairs, 2): of the chosen, of the rejected
     chosen = [pair.chosen for pair in pairs]
     rejected = [pair.rejected for pair in pairs]
@@ -63,8 +64,8 @@ def dpo_loss(
 
 # %% ../nbs/23_preferences.ipynb #d034
 def best_and_worst(
-    scores,  # of answers to the same request: list of numbers
-    group,   # how many neighboring ones are compared
+    scores,  # of answers, those of a group side by side: list of numbers
+    group,   # how many answer the same request, and are compared
 ):           # list of (place of the best, place of the worst)
     "Pairs out of scored answers, one a group; none where all are equal."
     if group < 2:

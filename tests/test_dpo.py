@@ -124,6 +124,7 @@ def test_at_the_start_only_the_chosen_are_a_loss():
     loss, gains = preference_loss(model, pairs, reference, beta=0.4, nll=0.0)
     assert loss.item() == pytest.approx(math.log(2), abs=1e-12)
     assert gains.tolist() == pytest.approx([0, 0], abs=1e-10)
+    assert not gains.requires_grad
     with_nll, _ = preference_loss(model, pairs, reference, beta=0.4, nll=2.0)
     total, n_targets = model.loss(Padded([pair.chosen for pair in pairs]))
     wanted = math.log(2) + 2 * total.item() / n_targets.item()

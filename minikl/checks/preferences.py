@@ -14,17 +14,19 @@ from ..dpo import dpo_loss
 # %% ../../nbs/solutions/23_preferences.ipynb #s011
 @exercise
 def check_preferred(preferred):
-    rewards_a = torch.tensor([0.0, 1.0, -2.0, 500.0, -500.0])
-    rewards_b = torch.tensor([0.0, 0.0, 1.0, 100.0, 500.0])
-    found = preferred(rewards_a, rewards_b)
-    right = (rewards_a - rewards_b).sigmoid()
-    wrong = difference(found, right, "probability")
-    if wrong and isinstance(found, torch.Tensor) and found.shape == right.shape:
-        if found.isnan().any():
-            return "nan: the exponential of a large reward overflows"
-        if not difference(found, 1 - right):
-            return "this is the probability that the second one is chosen"
-    return wrong
+    for size in (1, 500):
+        rewards_a = size * torch.tensor([1.0, 1.0, -2.0, 3.0])
+        rewards_b = size * torch.tensor([1.0, 0.5, 1.0, 1.0])
+        found = preferred(rewards_a, rewards_b)
+        right = (rewards_a - rewards_b).sigmoid()
+        wrong = difference(found, right, "probability")
+        if wrong and isinstance(found, torch.Tensor) and found.shape == right.shape:
+            if found.isnan().any():
+                return f"nan for rewards near {size}: does an exponential overflow?"
+            if not difference(found, 1 - right):
+                return "this is the probability that the second one is chosen"
+        if wrong:
+            return wrong
 
 # %% ../../nbs/solutions/23_preferences.ipynb #s021
 @exercise
