@@ -200,8 +200,8 @@ def copy(tmp_path_factory):
     "The project without what is built, to let nbdev loose on."
     folder = tmp_path_factory.mktemp("project") / "minikl"
     ignore = shutil.ignore_patterns(
-        ".git", ".venv", "out", "_docs", "_proc", "data", "build", "__pycache__",
-        "*.egg-info", ".ipynb_checkpoints",
+        ".git", ".venv", "out", "out-*", "_docs", "_proc", "data", "build",
+        "__pycache__", "*.egg-info", ".ipynb_checkpoints",
     )
     shutil.copytree(ROOT, folder, ignore=ignore)
     return folder
