@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 from fastcore.basics import patch
 
-from .chat import encode_request, has_roles
-from .data import control_ids, encode_documents, encode_prompt
+from .chat import encode_request, first_and_last, has_roles
+from .data import encode_documents, encode_prompt
 from .files import UserError
 from .generate import OPTIONS, generate_batch, load
 from .layouts import Nested
@@ -109,7 +109,7 @@ def answer_bits(
 ):             # bits per character of the answers
     "How well an answer is predicted once the request is read."
     documents = []
-    end = control_ids(self.tokenizer, "</s>")
+    _, end = first_and_last(self.tokenizer)
     for request, answer in zip(requests, answers, strict=True):
         ids = self.tokenizer.encode(answer)
         if self.knows_roles:   # then answers are spelt, one token a character

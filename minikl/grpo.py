@@ -19,7 +19,7 @@ from torch import nn
 
 from .files import UserError
 from .form import home_judge
-from .learner import Learner, StepResult
+from .learner import Learner, StepResult, beginning_of
 from .model import option
 from .options import LearningOptions, Options, parse_options
 from minikl.policy import (
@@ -31,7 +31,6 @@ from minikl.policy import (
     roll_out,
     seeds_of,
 )
-from .prepare import beginning_of
 from .record import Progress
 from .step import train_step
 from .train import launch
