@@ -18,7 +18,7 @@ LAB := --ContentsManager.hide_globs='["__pycache__", "*.yml", "*.css", "*.svg"]'
 
 help:
 	@echo 'make run              train on classical Chinese poetry for $(MINUTES) minutes (at most $(EPOCHS) epochs), then continue 一生一代一双人，'
-	@echo 'make serve            teach the model of $(OUT)/ to follow requests (1 minute) and to keep the form (2 minutes), then open a page to write with'
+	@echo 'make serve            teach the model of $(OUT)/ to follow requests and to keep the form (4 minutes), then open a page to write with'
 	@echo 'make compare          one page that compares the three models, $(OUT)/compare.html'
 	@echo 'make test             run every lesson and every test, side by side'
 	@echo 'make test-everywhere  the same as on three kinds of processor, one after the other'
@@ -49,10 +49,10 @@ run: $(OUT)/model.safetensors
 # lesson 20: learn on from requests; lesson 22: from the judge's reward
 $(OUT)-sft/model.safetensors: | $(OUT)/model.safetensors
 	$(BIN)/python -m minikl.instruct --out=$(REQUESTS)
-	OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node=$(PROCESSES) minikl/train.py --init_path=$(OUT) --data_jsonl_path=$(REQUESTS) --batch_size=16 --minutes=1 --out_dir=$(OUT)-sft --resume
+	OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node=$(PROCESSES) minikl/train.py --init_path=$(OUT) --data_jsonl_path=$(REQUESTS) --batch_size=16 --max_steps=1400 --out_dir=$(OUT)-sft --resume
 
 $(OUT)-rl/model.safetensors: | $(OUT)-sft/model.safetensors
-	OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node=$(PROCESSES) -m minikl.grpo --init_path=$(OUT)-sft --data_jsonl_path=$(REQUESTS) --minutes=1.7 --out_dir=$(OUT)-rl --resume
+	OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node=$(PROCESSES) -m minikl.grpo --init_path=$(OUT)-sft --data_jsonl_path=$(REQUESTS) --max_steps=200 --out_dir=$(OUT)-rl --resume
 
 serve: $(OUT)-rl/model.safetensors
 	@$(BIN)/python -m minikl.serve --model_path=$(OUT)-rl
