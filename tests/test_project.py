@@ -210,6 +210,13 @@ def test_every_module_has_its_place():
     assert {*MODULES, "__init__", "_modidx"} == {path.stem for path in PACKAGE}
 
 
+def test_contributing_lists_the_modules_in_order():
+    page = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    house = page.split("```")[1]
+    listed = re.findall(r"^(\w+) ", house, re.MULTILINE)
+    assert listed == MODULES
+
+
 INDENTED = "def f():\n    if True:\n        {}\n"
 UPWARDS = ["low imports high upwards"]
 CIRCLE = ["low imports high upwards, in a circle"]
