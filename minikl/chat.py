@@ -87,7 +87,8 @@ def start_weights(
     folder,  # of a trained model
     config,  # MiniKLConfig: the same shape, the vocabulary may be larger
 ):           # iterator of (name, tensor)
-    "The weights of a trained model; rows of new tokens lie near the mean of all rows."
+    """The weights of a trained model; rows of new tokens lie near the mean of all rows
+    (Hewitt 2021). `UserError` where the vocabulary is smaller than the model's."""
     path = Path(folder) / "model.safetensors"
     generator = torch.Generator().manual_seed(0)
     with safe_open(path, "pt") as stored:

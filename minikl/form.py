@@ -144,10 +144,10 @@ def common_endings(
     return common
 
 def learn_rhymes(
-    endings,   # {pattern: list of str}
-    rounds=2,  # of the table and of what rhymes with what
+    endings,    # {pattern: list of str}
+    rounds=2,   # of the table and of what rhymes with what
     **options,  # of `RhymeTable.learn`
-):             # RhymeTable, {pattern: links}
+):              # RhymeTable, {pattern: links}
     "Learn who rhymes, taking it that all of a poem does; then look where it does not."
     linked = {}
     for key, poems in endings.items():

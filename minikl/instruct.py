@@ -30,7 +30,7 @@ def requests_for(
     requests.append(f"以“{characters}{mark}”开头写一首《{tune}》")
     return requests
 
-def conversation(request, answer):   # a record, as a JSONL line holds it
+def conversation(request, answer):  # a record, as a JSONL line holds it
     return {
         "conversations": [
             {"role": "user", "content": request},

@@ -32,7 +32,7 @@ class LoRALinear(nn.Module):
         self,
         linear,  # nn.Linear without bias, rows × columns
         rank,    # rows of A and columns of B
-        alpha,   # strength of the change, divided by the rank
+        alpha,   # strength of the change: its factor is alpha / rank
     ):
         super().__init__()
         self.linear = linear
@@ -92,7 +92,7 @@ def put_in(model, layers):
 def add_lora(
     model,            # MiniKL; changed in place, and all its weights frozen
     rank,             # of each change
-    alpha,            # strength, divided by the rank
+    alpha,            # strength of the change: its factor is alpha / rank
     targets=TARGETS,  # the last parts of the names of the maps that get one
 ):                    # the model
     "Give a model adapters that change nothing yet. `UserError` where it cannot be."
@@ -184,7 +184,7 @@ def use_adapter(
     model,    # MiniKL, with or without an adapter; changed in place
     adapter,  # Adapter, or None: the base alone
 ):            # the model
-    "Switch to an adapter. `UserError`, and nothing changed, if it is of another base."
+    "Switch to an adapter. `UserError`, and nothing changed, if it does not fit."
     if adapter is None:
         return remove_lora(model)
     here = base_hash(model)

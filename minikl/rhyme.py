@@ -63,8 +63,14 @@ class RhymeTable:
         self.fit = fit
 
     @classmethod
-    def learn(cls, groups, n_classes=60, n_steps=40, seed=0):
-        "Expectation-maximization from a start by chance."
+    def learn(
+        cls,
+        groups,        # list of str: endings that rhyme with each other
+        n_classes=60,  # more than there are rhymes
+        n_steps=40,    # of expectation and maximization
+        seed=0,        # of the random start
+    ):                 # RhymeTable
+        "Expectation-maximization from a random start. Dempster et al. 1977."
         characters, counts = count_matrix(groups)
         generator = torch.Generator().manual_seed(seed)
         shape = (len(groups), n_classes)
