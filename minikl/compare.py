@@ -25,7 +25,7 @@ def wilson(
     n,       # how often it could have happened
     z=1.96,  # standard errors: 1.96 for an interval that holds in 95 % of the cases
 ):           # (low, high)
-    "The shares that a count is compatible with. Wilson 1927."
+    "The interval of true shares that agree with a count. Wilson 1927."
     if not n:
         return 0.0, 1.0
     share = count / n
@@ -55,7 +55,7 @@ def rhyme_pairs(
 SUNG_ALIKE = {"in": "en", "vn": "en", "ing": "eng", "ong": "eng", "e": "o"}
 
 def finals(character):  # set of str, one for each reading; `UserError`: no pypinyin
-    "The ends of the syllables, of today, without the glide before the main vowel."
+    "How a character ends in speech today, without the glide before the main vowel."
     dictionary = needed("pypinyin", "pypinyin", "rhymes by pinyin")
     style = dictionary.Style.FINALS
     readings = dictionary.pinyin(character, style, heteronym=True, strict=True)
@@ -79,7 +79,7 @@ def judge_rhymes(
     verdicts,  # of the judge
     judge,     # Judge
 ):             # {metric: share of the pairs of endings that should rhyme}
-    "Rhymes by the table of the judge, by a dictionary, and those that are no art."
+    "Rhymes by the table of the judge, by a dictionary, and of the same character."
     pairs = []
     for (tune, _), verdict in zip(poems, verdicts, strict=True):
         pairs += rhyme_pairs(judge, tune, verdict)
@@ -120,7 +120,7 @@ def sorted_places(
 ):         # list of int: places in the text, sorted by what stands from there on
     "A suffix array by doubling. Manber & Myers 1993."
     ranks = torch.tensor(list(map(ord, text)))
-    n_ranks = 0x110000   # so many characters has Unicode
+    n_ranks = 0x110000   # Unicode has so many characters
     size = 1             # characters that the ranks compare
     while True:
         none = ranks.new_full((min(size, len(text)),), -1)
@@ -147,7 +147,7 @@ class Copies:
         return self.text[place : place + size]
 
     def longest(self, text):  # str, the first of several
-        "What both have at most in common lies beside the place where it would be."
+        "The longest span that also stands in the corpus, searched from each place."
         best = ""
         text = characters(text)
         for start in range(len(text)):
@@ -242,7 +242,7 @@ class Contest:
         return {"name": name, **found, "poems": kept}
 
     def poets(self):  # result
-        "What real poems come to: the mark to be reached."
+        "The measures of real poems: the mark to be reached."
         return self.judged(POETS, self.real)
 
     def measure(self, writer, n_poems=16, seed=0):  # result
