@@ -48,12 +48,12 @@ class FormOptions(RewardOptions):
         0.0, "reward for rhyme, times the share that rhymes", at_least=-1e6, below=1e6
     )
 
-TUNE = re.compile("《(.+?)》")
+TUNE = re.compile("《(.+?)》")  # in the text of a request
 
 def verse_judge(
     options,  # FormOptions
 ):            # function: (request, answer) → (reward, whether the form is right)
-    "The judge of lesson 19 as a reward. A tune that it does not know earns nothing."
+    "The judge of lesson 19 as a reward: 0 for a tune that it does not know."
     judge = home_judge()
 
     def examine(request, answer):
@@ -61,6 +61,7 @@ def verse_judge(
         if tune is None or tune[1] not in judge.tunes:
             return 0.0, False
         verdict = judge.examine(tune[1], answer)
+        # nan: the tune asks for no rhyme
         rhyme = 0.0 if math.isnan(verdict.rhyme) else verdict.rhyme
         reward = options.form * verdict.form + options.rhyme * rhyme
         return reward, verdict.form
@@ -70,17 +71,17 @@ def verse_judge(
 # %% ../nbs/reference/reward_run.ipynb #w007
 @dataclass
 class RewardProgress(Progress):
-    "What a run with a reward has done."
+    "What a run with a reward has done: sums, kept in checkpoints."
 
     answers: float = 0.0   # since the last line of metrics, as all below
     reward: float = 0.0
     form: float = 0.0
     groups: float = 0.0
     silent: float = 0.0    # groups of equal rewards
-    kl: float = 0.0        # nats, over all tokens
-    surprise: float = 0.0  # by its own answers: nats, over all tokens
+    kl: float = 0.0        # nats, summed over all tokens of answers
+    surprise: float = 0.0  # by its own answers: nats, summed likewise
 
-    def count(self, sums):  # {name: number}
+    def count(self, sums):  # {name: number}, of one step over all processes
         for name, number in sums.items():
             setattr(self, name, getattr(self, name) + number)
 
@@ -97,11 +98,12 @@ class RewardProgress(Progress):
             setattr(self, name, 0.0)
         return {**numbers, **ours}
 
+# what each line of metrics begins anew
 SUMS = ("answers", "reward", "form", "groups", "silent", "kl", "surprise")
 
 # %% ../nbs/reference/reward_run.ipynb #w009
 class GroupObjective(nn.Module):
-    "`grpo_loss` as a `forward`: DDP exchanges the gradients of what it computes."
+    "`grpo_loss` as a `forward`, since DDP exchanges gradients only after a `forward`."
 
     def __init__(self, model):
         super().__init__()
@@ -111,7 +113,7 @@ class GroupObjective(nn.Module):
         return grpo_loss(self.model, answers)
 
 class RewardLearner(Learner):
-    "A learner whose documents are requests. `prepare` comes before the first step."
+    "Learns from its own answers to requests. Call `prepare` before the first step."
 
     objective_class = GroupObjective
 
@@ -121,12 +123,12 @@ class RewardLearner(Learner):
         tokenizer,  # Tokenizer
         judge,      # function: (request, answer) → (reward, whether the form is right)
     ):
-        "What a step needs beside the model. The model of now becomes the reference."
+        "Take what a step needs. The model as it is now becomes the reference."
         self.options = options
         self.tokenizer = tokenizer
         self.judge = judge
         self.reference = copy.deepcopy(self.model).requires_grad_(False)
-        self.sums = Counter()  # of the last step, over all processes
+        self.sums = Counter()  # of a step: this process's, in the end those of all
 
     def answered(
         self,
@@ -134,7 +136,7 @@ class RewardLearner(Learner):
         places,     # of requests in the step: list of int
         step,       # 0, 1, 2, …
     ):              # AnswerBatch; adds to the sums
-        "Answer some of the requests of a step, and have the answers judged."
+        "Answer some of the requests of a step, judge the answers, compare in groups."
         size = self.options.group_size
         seed = self.learning.seed
         drawn = documents.draw(step, self.learning.batch_size, seed)
@@ -169,7 +171,7 @@ class RewardLearner(Learner):
 
     @torch.no_grad()
     def look_back(self, batch):
-        "What the models of before think of the answers."
+        "Log-probabilities of the answers before this step changes the model."
         with self.precision.autocast():
             batch.reference = log_probs(self.reference, batch)
             if self.options.updates > 1:
@@ -194,13 +196,14 @@ class RewardLearner(Learner):
                 self.model,
                 self.optimizers,
                 self.precision,
-                n_answers * self.options.longest,
+                n_answers * self.options.longest,  # constant: see `grpo_loss`
                 self.ranks.world,
                 learning.clip,
             )
         return self.result(batches, float(total), float(norm))
 
     def result(self, batches, total, norm):  # StepResult
+        "Add up over all processes what the step counted; KL: at its last update."
         for batch in batches:
             self.sums.update(kl=batch.kl.item(), surprise=batch.surprise.item())
         n_tokens = sum(len(batch.advantages) for batch in batches)
@@ -254,7 +257,7 @@ def check_reward_options(
 def conversations_of(
     data,  # TrainingData
 ):         # Documents
-    "Those of the documents to train on that are conversations; `UserError`: none."
+    "The conversations among the documents to train on; `UserError` if there are none."
     few = copy.copy(data.documents)
     found = []
     if few.holds_requests:
@@ -268,7 +271,7 @@ def conversations_of(
     return few
 
 class RewardRun(Run):
-    "A training run whose answers are the model's own."
+    "A training run that learns from the model's own answers."
 
     learner_class = RewardLearner
 
@@ -284,6 +287,7 @@ class RewardRun(Run):
         self.learner.prepare(options.reward, self.data.tokenizer, self.judge())
 
     def judge(self):  # function: (request, answer) → (reward, whether form is right)
+        "The judge of the run. A subclass may return another."
         return verse_judge(self.options.reward)
 
     def take_step(self, signals):  # as `Run.take_step`

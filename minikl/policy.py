@@ -26,7 +26,7 @@ def roll_out(
     temperature=1.0,  # of the draws
     **cuts,           # as for `narrow`; none while it learns
 ):                    # lists of ids: the answers, with </s> where they came to an end
-    "Let the model answer requests."
+    "Let the model answer requests, side by side."
     knobs = {"temperature": temperature, **cuts}
     steps = generate_batch(model, requests, longest, stop, seeds, **knobs)
     answers = [[] for _ in requests]
@@ -36,7 +36,7 @@ def roll_out(
                 answers[row].append(token)
     for answer, request in zip(answers, requests, strict=True):
         room = min(longest, model.config.max_seq_len - len(request))
-        if len(answer) < room:
+        if len(answer) < room:  # it stopped itself; the steps leave out the stop
             answer.append(stop)
     return answers
 
@@ -44,16 +44,16 @@ def roll_out(
 def advantages(
     rewards,  # (groups, answers)
 ):            # same shape
-    "How much better each answer is than the mean of its group. arXiv:2402.03300."
+    "Each reward minus the mean of its group. GRPO, Shao et al. 2024, arXiv:2402.03300."
     return rewards - rewards.mean(dim=1, keepdim=True)
 
 # %% ../nbs/22_reward.ipynb #r034
 def clipped_gain(
-    change,      # of the log-probability since the answers were drawn: (tokens)
+    change,      # of the log-probability since the draw, in nats: (tokens)
     advantages,  # of the answer that each token belongs to: (tokens)
-    clip_range,  # how far the ratio may go from 1
+    clip_range,  # how far from 1 the ratio still brings a gain
 ):               # (tokens)
-    "Ratio times advantage, with nothing to gain far away. PPO, arXiv:1707.06347."
+    "Ratio times advantage, without a gain beyond the range. PPO, arXiv:1707.06347."
     ratio = change.exp()
     near = ratio.clamp(1 - clip_range, 1 + clip_range)
     return torch.minimum(ratio * advantages, near * advantages)
@@ -62,8 +62,8 @@ def clipped_gain(
 def kl_estimate(
     log_p,      # log-probabilities of the drawn tokens: (tokens)
     reference,  # the same under the reference model: (tokens)
-):              # (tokens), 0 where they agree, never negative
-    "Distance to the reference; its mean over draws is the KL divergence."
+):              # (tokens), in nats: 0 where they agree, never negative
+    "Its mean over draws is the KL divergence (joschu.net/blog/kl-approx.html)."
     difference = reference - log_p
     return difference.exp() - difference - 1
 
@@ -91,12 +91,12 @@ class RewardOptions:
 
 # %% ../nbs/22_reward.ipynb #r045
 class AnswerBatch:
-    "Answers to learn from, all tokens at once."
+    "Requests and answers in a layout, and what the loss needs for each token."
 
     def __init__(
         self,
-        layout,      # layout class
-        requests,    # lists of ids
+        layout,      # class: Padded, Packed or Nested
+        requests,    # lists of ids, one for each answer
         answers,     # lists of ids
         advantages,  # of each answer: (answers)
         settings,    # RewardOptions
@@ -107,14 +107,14 @@ class AnswerBatch:
             docs.append(torch.tensor([~token for token in request] + answer))
             owners.append(torch.full_like(docs[-1], i))
         self.batch = layout(docs)
-        self.counts = self.batch.targets != IGNORE  # where an answer is to be written
+        self.counts = self.batch.targets != IGNORE  # where an answer is predicted
         owner = layout(owners).ids[self.counts]
         self.advantages = advantages[owner]  # (tokens), as all below
         self.settings = settings
-        self.old = None        # log-probabilities when drawn; None: those of now
+        self.old = None        # log-probabilities at the draw; None: same model still
         self.reference = None  # log-probabilities under the reference
-        self.kl = None         # of the last look, summed over the tokens
-        self.surprise = None   # minus the log-probabilities then, summed
+        self.kl = None         # set by `grpo_loss`: nats, summed over the tokens
+        self.surprise = None   # set by `grpo_loss`: minus log-probabilities, summed
 
     def to(self, device):
         "Move it to a device, and return it."
@@ -137,9 +137,9 @@ def log_probs(
 
 def grpo_loss(
     model,    # MiniKL
-    answers,  # AnswerBatch that knows its reference
-):            # (sum over the tokens, number of tokens)
-    "What GRPO makes small, arXiv:2402.03300, without the divisions: 2503.20783."
+    answers,  # AnswerBatch whose `reference` is set; its `kl` and `surprise` are set
+):            # (loss summed over the tokens, number of tokens)
+    "GRPO (arXiv:2402.03300) without its two divisions (Liu et al., arXiv:2503.20783)."
     settings = answers.settings
     log_p = log_probs(model, answers)
     old = log_p.detach() if answers.old is None else answers.old
@@ -151,9 +151,9 @@ def grpo_loss(
 
 # %% ../nbs/22_reward.ipynb #r052
 def seeds_of(
-    seed,   # of the run
-    step,   # 0, 1, 2, …
+    seed,    # of the run
+    step,    # 0, 1, 2, …
     places,  # of the answers in the step: iterable of int
-):          # list of int
-    "A seed for each answer, which depends on nothing else."
+):           # list of int
+    "A seed for each answer: the same, whichever process writes the answer."
     return [(seed * 1_000_003 + step) * 1_000_003 + place for place in places]
