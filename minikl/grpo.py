@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from .chat import has_roles
 from .files import UserError
 from .form import home_judge
 from .learner import Learner, StepResult, beginning_of
@@ -33,6 +34,7 @@ from minikl.policy import (
 )
 from .record import Progress
 from .step import train_step
+from .tokenizer import Tokenizer
 from .train import launch
 from .trainer import Run
 
@@ -249,6 +251,10 @@ def check_reward_options(
     ):
         if chosen:
             raise UserError(f"--{name}: not possible with a reward")
+    vocabulary = Path(options.data.init_path) / "vocab_dict.json"
+    if vocabulary.is_file() and not has_roles(Tokenizer.load(vocabulary)):
+        fix = "fine-tune it on requests first (lesson 20)"
+        raise UserError(f"--init_path: this model has no role tokens; {fix}")
 
 # %% ../nbs/reference/reward_run.ipynb #w012
 def conversations_of(
@@ -261,7 +267,8 @@ def conversations_of(
         found = [i for i in range(len(few)) if (few[i] < 0).any()]
     if not found:
         names = ", ".join(map(str, data.paths))
-        raise UserError(f"{names}: no conversations, so there are no requests")
+        fix = "`python -m minikl.instruct` writes some, --data_jsonl_path names them"
+        raise UserError(f"{names}: no conversations, so no requests; {fix}")
     few.starts = few.starts[found]
     few.ends = few.ends[found]
     few.lengths = few.lengths[found]
