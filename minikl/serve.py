@@ -61,7 +61,7 @@ class About(Handler):
     def get(self):
         judge = self.writer.judge
         names = judge.commonest(12) if judge and self.writer.is_chat else []
-        self.finish({
+        self.reply({
             "model": self.writer.name,
             "chat": self.writer.is_chat,
             "tunes": {name: judge.tunes[name] for name in names},
@@ -83,7 +83,7 @@ class Check(Handler):
         if not isinstance(body.get("text"), str):
             raise Refused("text: expected a text", param="text")
         verdict = judge.examine(tune, body["text"])
-        self.finish({
+        self.reply({
             "form": verdict.form,
             "rhyme": None if math.isnan(verdict.rhyme) else verdict.rhyme,
             "passes": verdict.passes,
