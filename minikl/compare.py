@@ -5,6 +5,14 @@
 # %% auto #0
 __all__ = ['SUNG_ALIKE', 'ENOUGH', 'wilson', 'rhyme_pairs', 'finals', 'pinyin_rhyme', 'share', 'share_or_none', 'judge_rhymes', 'characters', 'distinct', 'sorted_places', 'Copies', 'judge_form', 'judge_poems', 'POETS', 'KNOBS', 'request_for', 'Contest', 'parse', 'folder_of', 'check_contest', 'writers', 'compare', 'main']
 
+# %% ../nbs/24_side_by_side.ipynb #v010b
+import signal
+
+if __name__ == "__main__" and "__file__" in globals():
+    # Ctrl-C while PyTorch is loaded ends the script without a traceback
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 # %% ../nbs/24_side_by_side.ipynb #v011
 import math
 import re

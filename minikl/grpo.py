@@ -6,6 +6,14 @@
 __all__ = ['TUNE', 'SUMS', 'FormOptions', 'verse_judge', 'RewardProgress', 'GroupObjective', 'RewardLearner', 'SmallSteps',
            'RewardRunOptions', 'check_reward_options', 'conversations_of', 'RewardRun', 'main']
 
+# %% ../nbs/reference/reward_run.ipynb #w000c
+import signal
+
+if __name__ == "__main__" and "__file__" in globals():
+    # Ctrl-C while PyTorch is loaded ends the script without a traceback
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 # %% ../nbs/reference/reward_run.ipynb #w002
 import copy
 import math

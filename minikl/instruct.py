@@ -5,6 +5,14 @@
 # %% auto #0
 __all__ = ['requests_for', 'conversation', 'request_records', 'build_requests', 'main', 'answers']
 
+# %% ../nbs/reference/instruct.ipynb #i002b
+import signal
+
+if __name__ == "__main__" and "__file__" in globals():
+    # Ctrl-C while PyTorch is loaded ends the script without a traceback
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 # %% ../nbs/reference/instruct.ipynb #q045
 import argparse
 import json
