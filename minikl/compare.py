@@ -23,9 +23,9 @@ from statistics import mean
 
 import torch
 
-from .files import UserError
-from .form import ENDS, clauses
-from .jsonl import needed
+from minikl.files import UserError
+from minikl.form import ENDS, clauses
+from minikl.jsonl import needed
 
 # %% ../nbs/24_side_by_side.ipynb #v032
 def wilson(
@@ -209,11 +209,11 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from .asking import Writer
-from .corpora import build_poetry
-from .files import UserError  # noqa: F811
-from .form import Judge, home_judge, split_records
-from .generate import OPTIONS
+from minikl.asking import Writer
+from minikl.corpora import build_poetry
+from minikl.files import UserError  # noqa: F811
+from minikl.form import Judge, home_judge, split_records
+from minikl.generate import OPTIONS
 
 # %% ../nbs/reference/compare.ipynb #w048
 POETS = "the poets"
@@ -271,8 +271,8 @@ class Contest:
 import argparse
 import json
 
-from .compared import render, table  # noqa: F811
-from .files import OneLineParser, one_line_errors, write_together
+from minikl.compared import render, table  # noqa: F811
+from minikl.files import OneLineParser, one_line_errors, write_together
 
 # %% ../nbs/reference/compare.ipynb #w062
 KNOBS = ("temperature", "top_k", "top_p", "min_p", "max_new_tokens", "seed", "device")

@@ -25,12 +25,12 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from .chat import has_roles
-from .files import UserError
-from .form import home_judge
-from .learner import Learner, StepResult, beginning_of
-from .model import option
-from .options import LearningOptions, Options, parse_options
+from minikl.chat import has_roles
+from minikl.files import UserError
+from minikl.form import home_judge
+from minikl.learner import Learner, StepResult, beginning_of
+from minikl.model import option
+from minikl.options import LearningOptions, Options, parse_options
 from minikl.policy import (
     AnswerBatch,
     RewardOptions,
@@ -40,11 +40,11 @@ from minikl.policy import (
     roll_out,
     seeds_of,
 )
-from .record import Progress
-from .step import train_step
-from .tokenizer import Tokenizer
-from .train import launch
-from .trainer import Run
+from minikl.record import Progress
+from minikl.step import train_step
+from minikl.tokenizer import Tokenizer
+from minikl.train import launch
+from minikl.trainer import Run
 
 # %% ../nbs/reference/reward_run.ipynb #w005
 @dataclass

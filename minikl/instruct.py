@@ -18,12 +18,12 @@ import argparse
 import json
 import random
 
-from .chat import encode_request, spelt
-from .corpora import DATA, build_poetry
-from .files import OneLineParser, UserError, one_line_errors, write_atomically
-from .form import clauses, home_judge
-from .generate import generate_batch
-from .jsonl import numbered_lines
+from minikl.chat import encode_request, spelt
+from minikl.corpora import DATA, build_poetry
+from minikl.files import OneLineParser, UserError, one_line_errors, write_atomically
+from minikl.form import clauses, home_judge
+from minikl.generate import generate_batch
+from minikl.jsonl import numbered_lines
 
 # %% ../nbs/reference/instruct.ipynb #q050
 def requests_for(

@@ -151,9 +151,9 @@ def grpo_loss(
 
 # %% ../nbs/22_reward.ipynb #r052
 def seeds_of(
-    seed,   # of the run
-    step,   # 0, 1, 2, …
+    seed,    # of the run
+    step,    # 0, 1, 2, …
     places,  # of the answers in the step: iterable of int
-):          # list of int
+):           # list of int
     "A seed for each answer, which depends on nothing else."
     return [(seed * 1_000_003 + step) * 1_000_003 + place for place in places]
