@@ -234,13 +234,12 @@ def main(argv=None):
         usage="%(prog)s [--option=value …]", allow_abbrev=False,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
+    kinds = {bool: {"action": "store_true"}, list: {"nargs": "+"}}
+    asked = parser.add_mutually_exclusive_group()
     for name, default, text in OPTIONS:
-        settings = {"type": type(default)}
-        if isinstance(default, bool):
-            settings = {"action": "store_true"}
-        if isinstance(default, list):
-            settings = {"nargs": "+"}
-        parser.add_argument(f"--{name}", default=default, help=text, **settings)
+        settings = kinds.get(type(default), {"type": type(default)})
+        group = asked if name in ("prompt", "request", "interactive") else parser
+        group.add_argument(f"--{name}", default=default, help=text, **settings)
     with one_line_errors():
         options = parser.parse_args(argv)
         model, tokenizer = load(options)

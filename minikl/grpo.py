@@ -6,6 +6,14 @@
 __all__ = ['TUNE', 'SUMS', 'FormOptions', 'verse_judge', 'RewardProgress', 'GroupObjective', 'RewardLearner', 'SmallSteps',
            'RewardRunOptions', 'check_reward_options', 'conversations_of', 'RewardRun', 'main']
 
+# %% ../nbs/reference/reward_run.ipynb #w000c
+import signal
+
+if __name__ == "__main__" and "__file__" in globals():
+    # Ctrl-C while PyTorch is loaded ends the script without a traceback
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 # %% ../nbs/reference/reward_run.ipynb #w002
 import copy
 import math
@@ -17,11 +25,12 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from .files import UserError
-from .form import home_judge
-from .learner import Learner, StepResult, beginning_of
-from .model import option
-from .options import LearningOptions, Options, parse_options
+from minikl.chat import has_roles
+from minikl.files import UserError
+from minikl.form import home_judge
+from minikl.learner import Learner, StepResult, beginning_of
+from minikl.model import option
+from minikl.options import LearningOptions, Options, parse_options
 from minikl.policy import (
     AnswerBatch,
     RewardOptions,
@@ -31,10 +40,11 @@ from minikl.policy import (
     roll_out,
     seeds_of,
 )
-from .record import Progress
-from .step import train_step
-from .train import launch
-from .trainer import Run
+from minikl.record import Progress
+from minikl.step import train_step
+from minikl.tokenizer import Tokenizer
+from minikl.train import launch
+from minikl.trainer import Run
 
 # %% ../nbs/reference/reward_run.ipynb #w005
 @dataclass
@@ -252,6 +262,10 @@ def check_reward_options(
     ):
         if chosen:
             raise UserError(f"--{name}: not possible with a reward")
+    vocabulary = Path(options.data.init_path) / "vocab_dict.json"
+    if vocabulary.is_file() and not has_roles(Tokenizer.load(vocabulary)):
+        fix = "fine-tune it on requests first (lesson 20)"
+        raise UserError(f"--init_path: this model has no role tokens; {fix}")
 
 # %% ../nbs/reference/reward_run.ipynb #w012
 def conversations_of(
@@ -264,7 +278,8 @@ def conversations_of(
         found = [i for i in range(len(few)) if (few[i] < 0).any()]
     if not found:
         names = ", ".join(map(str, data.paths))
-        raise UserError(f"{names}: no conversations, so there are no requests")
+        fix = "`python -m minikl.instruct` writes some, --data_jsonl_path names them"
+        raise UserError(f"{names}: no conversations, so no requests; {fix}")
     few.starts = few.starts[found]
     few.ends = few.ends[found]
     few.lengths = few.lengths[found]

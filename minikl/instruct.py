@@ -5,17 +5,25 @@
 # %% auto #0
 __all__ = ['requests_for', 'conversation', 'request_records', 'build_requests', 'main', 'answers']
 
+# %% ../nbs/reference/instruct.ipynb #i002b
+import signal
+
+if __name__ == "__main__" and "__file__" in globals():
+    # Ctrl-C while PyTorch is loaded ends the script without a traceback
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 # %% ../nbs/reference/instruct.ipynb #q045
 import argparse
 import json
 import random
 
-from .chat import encode_request, spelt
-from .corpora import DATA, build_poetry
-from .files import OneLineParser, UserError, one_line_errors, write_atomically
-from .form import clauses, home_judge
-from .generate import generate_batch
-from .jsonl import numbered_lines
+from minikl.chat import encode_request, spelt
+from minikl.corpora import DATA, build_poetry
+from minikl.files import OneLineParser, UserError, one_line_errors, write_atomically
+from minikl.form import clauses, home_judge
+from minikl.generate import generate_batch
+from minikl.jsonl import numbered_lines
 
 # %% ../nbs/reference/instruct.ipynb #q050
 def requests_for(
@@ -63,9 +71,12 @@ def build_requests(
     n_tunes=12,   # the commonest that have one form
     replay=0.25,  # plain poems for each conversation
 ):                # number of lines
-    "Write requests and poems made from the corpus of poetry."
+    "Write requests and poems from the corpus. `UserError`: not so many tunes."
     records = [json.loads(line) for _, line in numbered_lines(build_poetry())]
-    tunes = home_judge().commonest(n_tunes)
+    judge = home_judge()
+    if not 1 <= n_tunes <= len(judge.tunes):
+        raise UserError(f"--tunes={n_tunes}: expected 1 to {len(judge.tunes)}")
+    tunes = judge.commonest(n_tunes)
     found = request_records(records, tunes, replay)
     lines = [json.dumps(record, ensure_ascii=False) for record in found]
     write_atomically(path, "\n".join(lines) + "\n")
@@ -76,18 +87,18 @@ def main(argv=None):
     parser = OneLineParser(
         "instruct.py",
         description="Write requests for poems, made from the corpus, as JSONL.",
-        allow_abbrev=False,
+        usage="%(prog)s [--option=value …]", allow_abbrev=False,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     default = str(DATA / "requests.jsonl")
     parser.add_argument("--out", default=default, help="file to write")
     parser.add_argument("--tunes", type=int, default=12, help="how many tunes")
-    help = "plain poems for each conversation, against forgetting"
-    parser.add_argument("--replay", type=float, default=0.25, help=help)
+    meaning = "plain poems for each conversation, against forgetting"
+    parser.add_argument("--replay", type=float, default=0.25, help=meaning)
     with one_line_errors():
         options = parser.parse_args(argv)
-        if options.tunes < 1 or not 0 <= options.replay < 100:
-            raise UserError("expected --tunes of at least 1, --replay of 0 to 100")
+        if not 0 <= options.replay <= 100:
+            raise UserError(f"--replay={options.replay}: expected 0 to 100")
         n_lines = build_requests(options.out, options.tunes, options.replay)
         print(f"wrote {n_lines:,} records to {options.out}")
 

@@ -44,7 +44,7 @@ from minikl.chat import has_roles
 from minikl.files import STOP, OneLineParser, UserError, handled, one_line_errors
 from minikl.form import home_judge
 from minikl.generate import OPTIONS, load
-from minikl.writer import Writer
+from minikl.writer import OneThread
 
 # %% ../nbs/reference/serve.ipynb #v061
 PAGE = Path(minikl.__file__).with_name("serve.html")
@@ -61,7 +61,7 @@ class About(Handler):
     def get(self):
         judge = self.writer.judge
         names = judge.commonest(12) if judge and self.writer.is_chat else []
-        self.finish({
+        self.reply({
             "model": self.writer.name,
             "chat": self.writer.is_chat,
             "tunes": {name: judge.tunes[name] for name in names},
@@ -83,7 +83,7 @@ class Check(Handler):
         if not isinstance(body.get("text"), str):
             raise Refused("text: expected a text", param="text")
         verdict = judge.examine(tune, body["text"])
-        self.finish({
+        self.reply({
             "form": verdict.form,
             "rhyme": None if math.isnan(verdict.rhyme) else verdict.rhyme,
             "passes": verdict.passes,
@@ -92,7 +92,7 @@ class Check(Handler):
 
 # %% ../nbs/reference/serve.ipynb #v071
 def application(
-    writer,           # Writer
+    writer,           # OneThread
     is_private=True,  # only this computer can reach the server
 ):                    # tornado's Application
     "Which address is answered by what."
@@ -136,7 +136,7 @@ def address(sockets):  # str, for a browser
 
 # %% ../nbs/reference/serve.ipynb #v072
 async def answer(
-    writer,   # Writer
+    writer,   # OneThread
     sockets,  # of `listen`
     is_over,  # function that says when to end; asked ten times a second
 ):
@@ -201,7 +201,7 @@ def main(argv=None):
         model, tokenizer = load(options)
         path = Path(os.path.abspath(options.model_path))
         name = path.parent.name if path.suffix == ".safetensors" else path.name
-        writer = Writer(model, tokenizer, name, judge_of(tokenizer))
+        writer = OneThread(model, tokenizer, name, judge_of(tokenizer))
         print(f"{address(sockets)}  Ctrl-C ends it", flush=True)
         with handled(dict.fromkeys(STOP, lambda number, _: numbers.append(number))):
             asyncio.run(answer(writer, sockets, lambda: numbers))

@@ -406,6 +406,12 @@ def test_a_model_without_roles_is_not_asked(base, script):
     )
 
 
+@pytest.mark.parametrize("other", ["--interactive", "--prompt=花"])
+def test_a_request_stands_alone(other, base, script):
+    options = (f"--model_path={base}", "--request=第1天", other)
+    one_line(script(generate.main, *options), "not allowed with argument --request")
+
+
 def test_a_model_is_asked(tune, script, tmp_path):
     well(tune("out"))
     out = f"--model_path={tmp_path / 'out'}"

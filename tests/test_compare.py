@@ -318,6 +318,23 @@ def test_two_folders_of_one_name(folders, at_home, script, tmp_path):
     ]
 
 
+def test_a_folder_named_twice_is_refused(folders, script, tmp_path):
+    asked, plain = folders
+    done = script(compare.main, asked, plain, f"{asked}/", f"--out={tmp_path / 'out'}")
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1 and "this one is twice" in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_that_cannot_be_is_refused_before_the_work(
+    folders, at_home, contest, script, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(contest, "poets", None)   # the work would begin with them
+    (tmp_path / "file").write_text("")
+    done = script(compare.main, folders[0], f"--out={tmp_path / 'file' / 'out'}")
+    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+
+
 def test_what_models_write_is_escaped(judge, contest):
     evil = "<script>alert(1)</script>，&amp;。"
     result = contest.judged("<b>me</b>", [("短", evil)])

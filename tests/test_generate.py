@@ -427,7 +427,9 @@ WAYS = [["minikl/{}.py"], ["-m", "minikl.{}"]]
 
 
 @pytest.mark.parametrize("how", WAYS, ids=["path", "module"])
-@pytest.mark.parametrize("name", ["generate", "llama", "bench"])
+@pytest.mark.parametrize("name", [
+    "generate", "llama", "bench", "serve", "compare", "grpo", "instruct",
+])
 def test_ctrl_c_while_pytorch_loads_is_quiet(name, how, tmp_path):
     "A module that is called torch presses Ctrl-C."
     press = "import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n"

@@ -1,6 +1,7 @@
 "GRPO: the loss, the answers, and a run that may be killed or divided."
 import copy
 import json
+import shutil
 
 import pytest
 import reward_runs
@@ -15,6 +16,7 @@ from small_runs import (
 )
 
 from minikl import grpo
+from minikl.chat import ROLE_TOKENS
 from minikl.files import UserError
 from minikl.layouts import LAYOUTS, Nested
 from minikl.model import MiniKL, MiniKLConfig
@@ -290,6 +292,17 @@ def test_requests_are_needed(script, tmp_path, pupil):
     given = [f"--data_jsonl_path={data}", f"--init_path={pupil}/sft"]
     more = [*reward_runs.SMALL, *given, f"--out_dir={tmp_path / 'out'}"]
     one_line(script(reward_runs.main, *more), "no conversations")
+
+
+def test_roles_are_needed(learn, pupil, tmp_path):
+    base = tmp_path / "base"
+    shutil.copytree(pupil / "sft", base)
+    vocabulary = base / "vocab_dict.json"
+    tokens = json.loads(vocabulary.read_text(encoding="utf-8"))
+    kept = {token: i for token, i in tokens.items() if token not in ROLE_TOKENS}
+    vocabulary.write_text(json.dumps(kept), encoding="utf-8")
+    one_line(learn("out", f"--init_path={base}"), "no role tokens")
+    assert {path.name for path in (tmp_path / "out").iterdir()} <= {".lock"}
 
 
 def test_the_folder_of_the_first_model_is_left_alone(learn, pupil):

@@ -27,7 +27,7 @@ from minikl.layouts import Padded
 from minikl.model import MiniKL, MiniKLConfig
 from minikl.serve import in_background
 from minikl.tokenizer import BYTE_TOKENS, SPECIAL_TOKENS, Tokenizer
-from minikl.writer import Answer, Writer
+from minikl.writer import Answer, OneThread
 
 # by Yan Shu (991–1055): the answer that the small model of these tests has learnt
 POEM = (
@@ -64,7 +64,7 @@ def learnt(model, ids, steps=120):   # the model
 
 
 @pytest.fixture(scope="module")
-def chat():   # Writer
+def chat():   # OneThread
     "A model that answers one request, and knows nothing else."
     torch.set_num_threads(1)
     tokens = [*SPECIAL_TOKENS, *BYTE_TOKENS, *sorted({*POEM, *REQUEST})]
@@ -76,18 +76,18 @@ def chat():   # Writer
     for char in POEM:
         ids += tokenizer.char_ids(char)
     model = learnt(MiniKL(config), [*ids, tokenizer.special["</s>"]])
-    return Writer(model, tokenizer, "parrot", JUDGE)
+    return OneThread(model, tokenizer, "parrot", JUDGE)
 
 
 @pytest.fixture(scope="module")
-def base():   # Writer
+def base():   # OneThread
     "Random weights, bytes in the vocabulary, and no end of a text."
     torch.set_num_threads(1)
     tokens = ["<unk>", "<s>", *BYTE_TOKENS, *"一生代双人，风吹过雨落"]
     tokenizer = Tokenizer({token: i for i, token in enumerate(tokens)})
     config = MiniKLConfig(**SHAPE, vocab_size=len(tokenizer), max_seq_len=8192)
     torch.manual_seed(0)
-    return Writer(MiniKL(config).eval(), tokenizer, "base")
+    return OneThread(MiniKL(config).eval(), tokenizer, "base")
 
 
 @pytest.fixture(scope="module")
@@ -393,7 +393,7 @@ def test_without_a_corpus_there_is_no_check(chat, base, monkeypatch, capsys):
     assert capsys.readouterr().err == ""   # nobody has asked
     assert serve.judge_of(chat.tokenizer) is None
     assert capsys.readouterr().err == "no check of form: no npm\n"
-    with in_background(Writer(chat.model, chat.tokenizer, "mute")) as place:
+    with in_background(OneThread(chat.model, chat.tokenizer, "mute")) as place:
         about = json.loads(request(place, "GET", "/about")[2])
         assert about["chat"] and about["tunes"] == {}
         body = json.dumps({"tune": "浣溪沙", "text": POEM})
@@ -472,7 +472,7 @@ def browser():
 
 
 def said(page):   # the line below the poem
-    return page.text_content("#said").replace("\xa0", " ")
+    return page.text_content("#said")
 
 
 def until(page, expression):
@@ -544,7 +544,7 @@ def test_a_poem_is_written_and_checked(width, scheme, visit):
     ticks = page.locator(".check").all_text_contents()
     assert [tick[:4] for tick in ticks] == ["7/7✓"] * 6
     assert [tick[4:] for tick in ticks] == ["", "韵", "韵", "", "韵", "韵"]
-    assert said(page).startswith("句式 form ✓ 6/6 · 押韵 rhyme 100 % · 48 字")
+    assert said(page).startswith("句式 form ✓ 6/6 押韵 rhyme 100 % 42 字")
     assert page.is_visible("#seal")
     too_wide = "document.documentElement.scrollWidth - window.innerWidth"
     assert page.evaluate(too_wide) <= 0
