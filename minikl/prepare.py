@@ -10,6 +10,7 @@ __all__ = ['find_data', 'find_vocabulary', 'hold_conversations', 'find_tokenizer
 import json
 import math
 import os
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -232,10 +233,10 @@ class SharedTokenFile(TokenFile):
             offset += counts["tokens"]
         joined = [torch.cat(column) for column in zip(*moved, strict=True)]
         self.starts, self.ends, self.n_chars, self.fractions = joined
-        self.counts = {
-            kind: sum(counts[kind] for counts, _ in hosts.values())
-            for kind in self.counts
-        }
+        total = Counter()  # one host may have kinds that another lacks
+        for counts, _ in hosts.values():
+            total.update(counts)
+        self.counts = dict(total)
 
 # %% ../nbs/reference/prepare.ipynb #c064a
 @dataclass
