@@ -18,7 +18,7 @@ from tornado.httputil import responses
 from tornado.iostream import StreamClosedError
 from tornado.web import HTTPError, RequestHandler
 
-from minikl.chat import request_ids
+from minikl.chat import ROLES, request_ids
 from minikl.data import encode_prompt
 from minikl.files import UserError
 from minikl.generate import MOST, OPTIONS
@@ -286,8 +286,7 @@ def read_message(message):  # {"role": str, "content": str}
         texts = [part.get("text") if isinstance(part, dict) else None for part in parts]
         is_text = all(isinstance(text, str) for text in texts)
         parts = "".join(texts) if is_text else None
-    roles = ("system", "user", "assistant")
-    if fields.get("role") not in roles or not isinstance(parts, str):
+    if fields.get("role") not in ROLES or not isinstance(parts, str):
         expected = '{"role": "user", "content": "…"}'
         message = f"messages: expected {expected}, not {shown(message)}"
         raise Refused(message, param="messages")

@@ -13,11 +13,12 @@ from pathlib import Path
 import torch
 from fastcore.basics import patch
 
-from .chat import encode_request, first_and_last, has_roles
+from .chat import encode_request, first_and_last, has_roles, spelt
 from .data import encode_documents, encode_prompt
 from .files import UserError
-from .generate import OPTIONS, generate_batch, load
+from .generate import OPTIONS, load
 from .layouts import Nested
+from .policy import roll_out
 
 # %% ../nbs/reference/asking.ipynb #k041
 class Writer:
@@ -55,18 +56,14 @@ def write(
     "An answer to each request."
     names = ("temperature", "top_k", "top_p", "min_p")
     knobs = {name: getattr(self.options, name) for name in names}
-    answers = [[] for _ in requests]
+    most = self.options.max_new_tokens
+    texts = []
     for first in range(0, len(requests), group):
-        growing = answers[first : first + group]
         prompts = [self.asked(request) for request in requests[first : first + group]]
         seeds = range(seed + first, seed + first + len(prompts))
-        most = self.options.max_new_tokens
-        steps = generate_batch(self.model, prompts, most, self.stop, seeds, **knobs)
-        for step in steps:
-            for ids, token in zip(growing, step, strict=True):
-                if token is not None:
-                    ids.append(token)
-    return [self.tokenizer.decode(ids) for ids in answers]
+        answers = roll_out(self.model, prompts, self.stop, seeds, most, **knobs)
+        texts += map(self.tokenizer.decode, answers)
+    return texts
 
 # %% ../nbs/reference/asking.ipynb #k045
 def pieces(
@@ -113,6 +110,6 @@ def answer_bits(
     for request, answer in zip(requests, answers, strict=True):
         ids = self.tokenizer.encode(answer)
         if self.knows_roles:   # then answers are spelt, one token a character
-            ids = [i for char in answer for i in self.tokenizer.char_ids(char)]
+            ids = spelt(answer, self.tokenizer)
         documents.append([*(~i for i in self.asked(request)), *ids, *end])
     return bits_of(self.model, documents) / sum(map(len, answers))

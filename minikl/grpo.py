@@ -31,6 +31,7 @@ from minikl.form import home_judge
 from minikl.learner import Learner, StepResult, beginning_of
 from minikl.model import option
 from minikl.options import LearningOptions, Options, parse_options
+from minikl.plan import some_of
 from minikl.policy import (
     AnswerBatch,
     RewardOptions,
@@ -41,7 +42,6 @@ from minikl.policy import (
     seeds_of,
 )
 from minikl.record import Progress
-from minikl.step import train_step
 from minikl.tokenizer import Tokenizer
 from minikl.train import launch
 from minikl.trainer import Run
@@ -200,16 +200,8 @@ class RewardLearner(Learner):
             self.look_back(batches[-1])
         n_answers = learning.batch_size * self.options.group_size
         for _ in range(self.options.updates):
-            total, norm = train_step(
-                self.loss,
-                batches,
-                self.model,
-                self.optimizers,
-                self.precision,
-                n_answers * self.options.longest,  # constant: see `grpo_loss`
-                self.ranks.world,
-                learning.clip,
-            )
+            # a constant divides the sum: see `grpo_loss`
+            total, norm = self.update(batches, n_answers * self.options.longest)
         return self.result(batches, float(total), float(norm))
 
     def result(self, batches, total, norm):  # StepResult
@@ -272,18 +264,15 @@ def conversations_of(
     data,  # TrainingData
 ):         # Documents
     "The conversations among the documents to train on; `UserError` if there are none."
-    few = copy.copy(data.documents)
+    documents = data.documents
     found = []
-    if few.holds_requests:
-        found = [i for i in range(len(few)) if (few[i] < 0).any()]
+    if documents.holds_requests:
+        found = [i for i in range(len(documents)) if (documents[i] < 0).any()]
     if not found:
         names = ", ".join(map(str, data.paths))
         fix = "`python -m minikl.instruct` writes some, --data_jsonl_path names them"
         raise UserError(f"{names}: no conversations, so no requests; {fix}")
-    few.starts = few.starts[found]
-    few.ends = few.ends[found]
-    few.lengths = few.lengths[found]
-    return few
+    return some_of(documents, found)
 
 class RewardRun(Run):
     "A training run that learns from the model's own answers."

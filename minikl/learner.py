@@ -17,10 +17,10 @@ from torch.nn.parallel import DistributedDataParallel
 from .chat import encode_request, readable, start_weights
 from .data import encode_prompt
 from .files import UserError
-from .generate import generate_batch
 from .layouts import LAYOUTS
 from .model import MiniKL, count_by_formula
 from .parallel import Objective, evaluate, micro_batches, shard
+from .policy import roll_out
 from .record import say
 from .step import Precision, make_optimizers, schedule, train_step
 
@@ -165,7 +165,16 @@ class Learner:
         "Take this process's share of the documents of a step, and learn from it."
         self.set_rate(done)
         batches, n_targets = self.batches(documents, step)
-        total, norm = train_step(
+        total, norm = self.update(batches, n_targets)
+        n_padding = sum(batch.ids.numel() - sum(batch.lengths) for batch in batches)
+        return StepResult(float(total), float(norm), n_targets, n_padding)
+
+    def update(
+        self,
+        batches,    # micro-batches of this process
+        n_targets,  # in the whole step, by which the sum of losses is divided
+    ):              # (summed loss of this process, norm of the gradient)
+        return train_step(
             self.loss,
             batches,
             self.model,
@@ -175,8 +184,6 @@ class Learner:
             self.ranks.world,
             self.learning.clip,
         )
-        n_padding = sum(batch.ids.numel() - sum(batch.lengths) for batch in batches)
-        return StepResult(float(total), float(norm), n_targets, n_padding)
 
     def bits_per_char(
         self,
@@ -198,19 +205,18 @@ class Learner:
         "Continue some texts. A sharded model nobody holds whole: then there are none."
         texts = []
         if beginnings and self.ranks.rank == 0 and not self.is_sharded:
-            columns = generate_batch(
+            written = roll_out(
                 self.model,
                 beginnings,
-                n_tokens,
                 tokenizer.special.get("</s>"),
-                seeds=range(len(beginnings)),
+                range(len(beginnings)),
+                n_tokens,
                 temperature=0.8,
                 top_p=0.95,
             )
-            columns = list(columns)
-            for row, ids in enumerate(beginnings):
-                new = [column[row] for column in columns if column[row] is not None]
-                texts.append((tokenizer.decode(ids), tokenizer.decode(new)))
+            old = map(tokenizer.decode, beginnings)
+            new = map(tokenizer.decode, written)
+            texts = list(zip(old, new, strict=True))
         self.ranks.all(None)  # the others wait, however long it takes
         return texts
 

@@ -47,10 +47,6 @@ def by_turns(sides, repeats=7):   # {name: function} → {name: median seconds}
     return {name: median(seconds[1:]) for name, seconds in taken.items()}
 
 
-def poems(n_steps):   # (MiniKLConfig, for each step: list of id tensors)
-    return training_steps(n_steps)
-
-
 # ---- the same answers
 
 
@@ -64,7 +60,7 @@ def gradients_of(model, batch):   # (loss per target, gradient of all weights: o
 
 def same_answers():
     "Loss and gradient of each layout and precision against float64 on the CPU."
-    config, steps = poems(1)
+    config, steps = training_steps(1)
     torch.manual_seed(0)
     exact = MiniKL(config).double()
     model = MiniKL(config)
@@ -87,7 +83,7 @@ def same_answers():
 @torch.inference_mode()
 def cached_generation():
     "Largest difference of logits with the cache and without, relative to their size."
-    config, steps = poems(1)
+    config, steps = training_steps(1)
     model = MiniKL(config).to(DEVICE)
     doc = max(steps[0], key=len).to(DEVICE)
     batch = LAYOUTS["padded"]([doc.cpu()]).to(DEVICE)
@@ -204,7 +200,7 @@ def step_of(model, batch, optimizers):   # function: one whole step in bf16
 def kernels():
     "A whole step of each layout, and of PyTorch's jagged kernel, in bf16."
     found = {}
-    config, steps = poems(1)
+    config, steps = training_steps(1)
     wide = MiniKLConfig(
         d_model=512, num_heads=8, num_kv_heads=8, num_layers=8, vocab_size=8000
     )
@@ -271,7 +267,7 @@ def sizes():
 
 def writing():
     "New tokens a second, side by side, with top-p and without."
-    config, _ = poems(1)
+    config, _ = training_steps(1)
     model = MiniKL(config).to(DEVICE).eval()
     found = {}
     for batch in (1, 64, 512):
