@@ -29,6 +29,8 @@ class Layout:
     and `unbatch` to undo it. Here they are laid end to end, (tokens). `UserError` for
     a batch without documents, or a document without tokens."""
 
+    candidates = None  # tokens to choose among, where not the whole vocabulary
+
     def __init__(
         self,
         docs,  # list of 1-D id tensors, none of them empty

@@ -14,14 +14,15 @@ from dataclasses import dataclass
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from .chat import encode_request, readable, start_weights
-from .data import encode_prompt
+from .chat import encode_request, readable
+from .data import IGNORE, encode_prompt
 from .files import UserError
 from .layouts import LAYOUTS
 from .model import MiniKL, count_by_formula
 from .parallel import Objective, evaluate, micro_batches, shard
 from .policy import roll_out
 from .record import say
+from .shortcuts import draw_candidates
 from .step import Precision, make_optimizers, schedule, train_step
 
 # %% ../nbs/reference/learner.ipynb #a88c6d06
@@ -84,6 +85,7 @@ class StepResult:
 class Learner:
     "A model and all that changes it. Every process has one."
 
+    model_class = MiniKL
     objective_class = Objective  # the loss of a batch, as a module
 
     def __init__(
@@ -92,7 +94,7 @@ class Learner:
         learning,      # LearningOptions
         machine,       # MachineOptions
         ranks,         # Ranks
-        init_path="",  # folder of a trained model to go on from; "": a new one
+        weights=None,  # iterator of (name, tensor) to begin with; None: random ones
     ):
         self.config = config
         self.learning = learning
@@ -102,11 +104,10 @@ class Learner:
             say("--shard: the only process holds everything")
         check_memory(config, ranks, self.is_sharded)
         torch.manual_seed(learning.seed)
-        weights = start_weights(init_path, config) if init_path else None
         if self.is_sharded:
             self.model = shard(config, ranks, weights)
         else:
-            self.model = MiniKL(config)
+            self.model = self.model_class(config)
             if weights:
                 self.model.load_state_dict(dict(weights))
             self.model.to(ranks.device)
@@ -131,7 +132,8 @@ class Learner:
         done,  # share of the run that is done: 0 … 1
     ):
         "Set all learning rates to what the schedule says."
-        factor = schedule(done, self.learning.warmup)
+        learning = self.learning
+        factor = schedule(done, learning.warmup, decay=learning.decay)
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = factor * group["peak_lr"]
@@ -154,7 +156,25 @@ class Learner:
         docs += [torch.zeros(1, dtype=torch.long)] * n_missing
         mine = micro_batches(docs, peers.index(self.ranks.rank), len(peers), n_parts)
         batches = [self.layout(part).to(self.ranks.device) for part in mine]
+        if self.learning.candidates:
+            self.narrow(batches, step)
         return batches, max(1, documents.n_targets(drawn))
+
+    def narrow(
+        self,
+        batches,  # of this process
+        step,     # 0, 1, 2, …
+    ):
+        "Give the batches of a step the same candidates on every process."
+        asked = torch.zeros(self.config.vocab_size, dtype=torch.bool)
+        for batch in batches:
+            targets = batch.targets.cpu()
+            asked[targets[targets != IGNORE]] = True
+        asked = self.ranks.any(asked)
+        seed = (self.learning.seed * 1_000_003 + step) % 2**63
+        chosen = draw_candidates(asked, self.learning.candidates, seed)
+        for batch in batches:
+            batch.candidates = chosen.to(self.ranks.device)
 
     def step(
         self,

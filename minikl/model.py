@@ -193,6 +193,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         hidden,          # (tokens, d_model)
         weight,          # of the output layer: (vocab, d_model)
         targets,         # (tokens), `IGNORE` where nothing is asked
+        shift,           # added to every row of logits: (vocab), or None
         with_gradients,  # False in evaluation: the sum is all that is computed
     ):                   # summed cross-entropy in nats
         wide = torch.promote_types(hidden.dtype, torch.float32)
@@ -203,7 +204,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         for start in range(0, len(hidden), CHUNK):
             chunk = slice(start, start + CHUNK)
             x, wanted = hidden[chunk], targets[chunk]
-            log_p = F.linear(x, weight).to(wide).log_softmax(dim=-1)  # (chunk, vocab)
+            log_p = F.linear(x, weight, shift).to(wide).log_softmax(dim=-1)
             total += F.nll_loss(log_p, wanted, ignore_index=IGNORE, reduction="sum")
             if with_gradients:
                 _add_gradients(log_p, x, weight, wanted, d_hidden[chunk], d_weight)
@@ -216,7 +217,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, d_total):
         d_hidden, d_weight = ctx.saved_tensors
-        return d_hidden.mul_(d_total), d_weight.mul_(d_total), None, None
+        return d_hidden.mul_(d_total), d_weight.mul_(d_total), None, None, None
 
 # %% ../nbs/08_nested_tensors.ipynb #c042l
 @patch
@@ -236,8 +237,11 @@ def loss(
         is_real = targets != IGNORE
         hidden, targets = hidden[is_real], targets[is_real]
     weight = self.output_weight
+    shift = None
+    if batch.candidates is not None:  # some tokens in place of all
+        weight, targets, shift = batch.candidates.narrow(weight, targets)
     is_training = torch.is_grad_enabled()
-    total = ChunkedCrossEntropy.apply(hidden, weight, targets, is_training)
+    total = ChunkedCrossEntropy.apply(hidden, weight, targets, shift, is_training)
     return total, (batch.targets != IGNORE).sum()
 
 # %% ../nbs/reference/weights.ipynb #w002

@@ -86,6 +86,22 @@ class LearningOptions:
     warmup: float = option(
         0.02, "share of the run in which the rate rises", at_least=0, below=1
     )
+    decay: str = option(
+        "linear", "how it falls after that", choices=("linear", "cosine")
+    )
+    start: str = option(
+        "bigrams",
+        "first weights of a new model: random ones, or embeddings and output layer "
+        "from how often a token follows another",
+        choices=("bigrams", "random"),
+    )
+    candidates: int = option(
+        500,
+        "tokens drawn for each step, among which and the step's own the output layer "
+        "is to choose; 0: the whole vocabulary",
+        at_least=0,
+        below=2**24,
+    )
     clip: float = option(
         1.0, "largest norm of the gradient", at_least=1e-6, below=math.inf
     )

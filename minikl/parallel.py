@@ -177,6 +177,16 @@ class Ranks:
             dist.all_reduce(total, group=self.group)
         return total.tolist()
 
+    def any(
+        self,
+        flags,  # of this process: tensor of bool
+    ):          # where any process has True
+        "The union of what the processes have marked (all-reduce)."
+        marked = flags.byte()
+        if self.world > 1:
+            dist.all_reduce(marked, dist.ReduceOp.MAX, group=self.group)
+        return marked.bool()
+
     def all(
         self,
         thing,  # of this process; it pickles

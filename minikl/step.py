@@ -13,15 +13,18 @@ from torch import nn
 
 # %% ../nbs/06_training.ipynb #c025
 def schedule(
-    progress,     # share of the run that is done: 0 … 1
-    warmup=0.02,  # share of the run in which the rate rises, less than 1
-    final=0.0,    # share of the peak rate that is left at the end
-):                # factor for the learning rate, 0 … 1
-    "Linear warm-up, then a cosine down. Loshchilov & Hutter 2017, arXiv:1608.03983."
+    progress,        # share of the run that is done: 0 … 1
+    warmup=0.02,     # share of the run in which the rate rises, less than 1
+    final=0.0,       # share of the peak rate that is left at the end
+    decay="cosine",  # the way down: "cosine" or "linear"
+):                   # factor for the learning rate, 0 … 1
+    """Linear warm-up, then down along a cosine (Loshchilov & Hutter 2017,
+    arXiv:1608.03983) or a line (Defazio et al. 2023, arXiv:2310.07831)."""
     if progress < warmup:
         return progress / warmup
     done = min((progress - warmup) / (1 - warmup), 1)
-    return final + (1 - final) * (1 + math.cos(math.pi * done)) / 2
+    left = (1 + math.cos(math.pi * done)) / 2 if decay == "cosine" else 1 - done
+    return final + (1 - final) * left
 
 # %% ../nbs/06_training.ipynb #c041
 def orthogonalize(

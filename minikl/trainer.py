@@ -41,6 +41,7 @@ from minikl.record import (
     to_json_lines,
 )
 from .resume import begin, shape_of
+from .shortcuts import weights_at_first
 
 # %% ../nbs/13_train.ipynb #c085b
 @contextmanager
@@ -84,7 +85,7 @@ class PreparedRun:
             options.learning,
             options.machine,
             ranks,
-            options.data.init_path,
+            weights_at_first(options, self.config, self.data.documents, ranks),
         )
         longest = self.config.max_seq_len - 1
         prompts = options.run.sample_prompts
