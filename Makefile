@@ -1,7 +1,7 @@
 # MiniKL: `make run` trains a model that writes verse, `make test` checks everything. The other targets: make help
 PYTHON ?= python3
 MINUTES ?= 3
-EPOCHS ?= 4
+EPOCHS ?= 8
 PROCESSES ?= 2
 OUT ?= out
 REQUESTS := data/requests.jsonl
@@ -39,7 +39,7 @@ $(READY): requirements.txt setup.py settings.ini
 	@touch $@
 
 $(OUT)/model.safetensors: | $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node=$(PROCESSES) minikl/train.py --minutes=$(MINUTES) --epochs=$(EPOCHS) --eval_every=400 --out_dir=$(OUT) --resume
+	OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node=$(PROCESSES) minikl/train.py --minutes=$(MINUTES) --epochs=$(EPOCHS) --dtype=fastest --eval_every=400 --out_dir=$(OUT) --resume
 
 run: $(OUT)/model.safetensors
 	@$(BIN)/python -c 'import json; print("$(OUT)/ holds a model trained on", *(r := json.load(open("$(OUT)/run.json", encoding="utf-8")))["data"], "\nheld-out bits per character:", ", ".join(f"{k} {v:.2f}" for k, v in r["bits_per_char"].items()))'
