@@ -12,7 +12,7 @@ import runpy
 import sys
 import time
 from collections import defaultdict
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import fields, replace
 from functools import lru_cache
 from pathlib import Path
 from statistics import mean, median
@@ -23,6 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from minikl.corpora import CORPORA, CannotFetch
 from minikl.files import OneLineParser, UserError, one_line_errors
+from minikl.ingredients import INGREDIENTS, REFERENCE, Entry
 from minikl.learner import Learner
 from minikl.model import MiniKL, MiniKLConfig
 from minikl.options import LearningOptions, check, parse_options
@@ -30,22 +31,9 @@ from minikl.parallel import Ranks
 from minikl.prepare import read_data
 from minikl.shortcuts import weights_at_first
 
-try:
-    from minikl.ingredients import INGREDIENTS, REFERENCE, Entry
-except ImportError:   # a stand-in until they are there
-    @dataclass
-    class Entry:
-        idea: str
-        options: dict = field(default_factory=dict)
-        learner: type = Learner
-
-    plain = {"decay": "cosine", "start": "random", "candidates": 0}
-    REFERENCE = Entry("today's Llama", plain)
-    INGREDIENTS = {"linear decay": Entry("linear decay", {"decay": "linear"})}
-
 WORK = 300   # steps of the reference, 32 documents each
 TURNS = 7    # of a comparison of speed
-MOMENTS = 6   # of the run, in each turn
+MOMENTS = 8   # of the run, in each turn
 ENTRY_OPTIONS = {
     *(one.name for one in fields(MiniKLConfig)),
     *(one.name for one in fields(LearningOptions)),

@@ -49,7 +49,7 @@ class Results:
         if self.path.exists():
             self.all = json.loads(self.path.read_text(encoding="utf-8"))
         if self.all["work"] != work:
-            raise UserError(f"{path}: of --work={self.all['work']}; choose a --file")
+            raise UserError(f"{path}: was measured with --work={self.all['work']}")
 
     def of(self, name, entry):   # {"idea", "options", "ratio", "steps", "bits", …}
         "What is known of an entry. `UserError` if it had other options then."
@@ -63,7 +63,9 @@ class Results:
         return known
 
     def save(self):
-        text = json.dumps(self.all, ensure_ascii=False, indent=1)
+        entries = self.all["entries"].items()
+        begun = {name: one for name, one in entries if "steps" in one}
+        text = json.dumps({**self.all, "entries": begun}, ensure_ascii=False, indent=1)
         write_atomically(self.path, text + "\n")
 
 
