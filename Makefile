@@ -4,6 +4,7 @@ MINUTES ?= 3
 EPOCHS ?= 8
 PROCESSES ?= 2
 OUT ?= out
+ENTRY ?= tools/entries/04_bigrams.py
 REQUESTS := data/requests.jsonl
 BIN := .venv/bin
 READY := .venv/ready
@@ -13,13 +14,14 @@ SIDE_BY_SIDE := -n logical --maxprocesses=4 --dist=load --maxschedchunk=1
 # files that a reader does not open are not listed; tools/lab: no window asks about news
 LAB := --ContentsManager.hide_globs='["__pycache__", "*.yml", "*.css", "*.svg"]' --LabApp.app_settings_dir=tools/lab
 
-.PHONY: help run serve compare test test-everywhere soak lab export execute docs clean
+.PHONY: help run serve compare race test test-everywhere soak lab export execute docs clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo 'make run              train on classical Chinese poetry for $(MINUTES) minutes (at most $(EPOCHS) epochs), then continue 一生一代一双人，'
 	@echo 'make serve            teach the model of $(OUT)/ to follow requests and to keep the form (4 minutes), then open a page to write with'
 	@echo 'make compare          one page that compares the three models, $(OUT)/compare.html'
+	@echo 'make race             measure an idea against the records: make race ENTRY=my_idea.py (two cores: 5 minutes)'
 	@echo 'make test             run every lesson and every test, side by side'
 	@echo 'make test-everywhere  the same as on three kinds of processor, one after the other'
 	@echo 'make soak             kill training runs again and again and compare them; then the tests that take minutes'
@@ -59,6 +61,10 @@ serve: $(OUT)-rl/model.safetensors
 
 compare: $(OUT)-rl/model.safetensors
 	@$(BIN)/python -m minikl.compare $(OUT) $(OUT)-sft $(OUT)-rl
+
+# three seeds, a core each; the rules: nbs/reference/race.ipynb
+race: $(READY)
+	@$(BIN)/python tools/race.py run $(ENTRY)
 
 test: $(READY)
 	@$(BIN)/python -m pytest -q tests $(SIDE_BY_SIDE)
