@@ -48,13 +48,13 @@ run: $(OUT)/model.safetensors
 	@$(BIN)/python minikl/generate.py --model_path=$(OUT) --prompt=一生一代一双人，
 	@$(BIN)/python minikl/report.py $(OUT)
 
-# lesson 20: learn on from requests; lesson 22: from the judge's reward
+# lesson 20: learn on from requests; lesson 22: from the judge's reward; as measured there
 $(OUT)-sft/model.safetensors: | $(OUT)/model.safetensors
 	$(BIN)/python -m minikl.instruct --out=$(REQUESTS)
-	OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node=$(PROCESSES) minikl/train.py --init_path=$(OUT) --data_jsonl_path=$(REQUESTS) --batch_size=16 --max_steps=1400 --out_dir=$(OUT)-sft --resume
+	OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node=$(PROCESSES) minikl/train.py --init_path=$(OUT) --data_jsonl_path=$(REQUESTS) --batch_size=16 --decay=cosine --candidates=0 --max_steps=1400 --out_dir=$(OUT)-sft --resume
 
 $(OUT)-rl/model.safetensors: | $(OUT)-sft/model.safetensors
-	OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node=$(PROCESSES) -m minikl.grpo --init_path=$(OUT)-sft --data_jsonl_path=$(REQUESTS) --max_steps=100 --kl=0.03 --out_dir=$(OUT)-rl --resume
+	OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node=$(PROCESSES) -m minikl.grpo --init_path=$(OUT)-sft --data_jsonl_path=$(REQUESTS) --max_steps=100 --kl=0.03 --decay=cosine --out_dir=$(OUT)-rl --resume
 
 serve: $(OUT)-rl/model.safetensors
 	@$(BIN)/python -m minikl.serve --model_path=$(OUT)-rl
