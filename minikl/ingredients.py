@@ -72,7 +72,7 @@ class ReluSquared(MiniKL):
 # %% ../nbs/25_since_llama.ipynb #i040
 @ingredient("zero projections", "each branch starts by adding nothing")
 class ZeroProjections(MiniKL):
-    "At first no block adds anything to the stream. Yang et al. 2022, arXiv:2203.03466."
+    "At first no block adds anything to the stream. After Yang 2022, arXiv:2203.03466."
 
     def __init__(self, config):
         super().__init__(config)
