@@ -35,7 +35,7 @@ class Candidates:
         "What the loss needs in place of the whole vocabulary."
         places = self.places[targets.clamp(min=0)]
         targets = places.where(targets != IGNORE, IGNORE)
-        return weight[self.ids], targets, self.shift
+        return weight[self.ids], targets, self.shift.to(weight.dtype)
 
     def to(self, device):
         "The same on a device."

@@ -132,8 +132,8 @@ def test_two_processes_draw_the_same_candidates_and_learn_what_one_does(
 ):
     options = ["--max_steps=8", "--start=random"]
     given = [*TINY, *GIVEN, f"--out_dir={tmp_path}/two"]
-    well(two(*given, *options, "--candidates=20"))
-    well(run("one", *options, "--candidates=20"))
+    well(two(*given, *options, "--candidates=3"))
+    well(run("one", *options, "--candidates=3"))
     well(run("all", *options, "--candidates=0"))
     one = losses(tmp_path / "one")
     assert losses(tmp_path / "two") == pytest.approx(one, rel=1e-4)
@@ -141,9 +141,9 @@ def test_two_processes_draw_the_same_candidates_and_learn_what_one_does(
 
 
 def test_shards_begin_with_the_same_weights(run, two, tmp_path):
-    options = [*TINY, *GIVEN, "--max_steps=8", "--candidates=20", "--shard"]
+    options = [*TINY, *GIVEN, "--max_steps=8", "--candidates=3", "--shard"]
     well(two(*options, f"--out_dir={tmp_path}/two"))
-    well(run("one", "--max_steps=8", "--candidates=20"))
+    well(run("one", "--max_steps=8", "--candidates=3"))
     one = losses(tmp_path / "one")
     assert losses(tmp_path / "two") == pytest.approx(one, rel=1e-4)
 
