@@ -21,7 +21,7 @@ help:
 	@echo 'make run              train on classical Chinese poetry for $(MINUTES) minutes (at most $(EPOCHS) epochs), then continue 一生一代一双人，'
 	@echo 'make serve            teach the model of $(OUT)/ to follow requests and to keep the form (4 minutes), then open a page to write with'
 	@echo 'make compare          one page that compares the three models, $(OUT)/compare.html'
-	@echo 'make race             measure an idea against the records: make race ENTRY=my_idea.py (two cores: 5 minutes)'
+	@echo 'make race             measure an idea against the records: make race ENTRY=my_idea.py (a few minutes)'
 	@echo 'make test             run every lesson and every test, side by side'
 	@echo 'make test-everywhere  the same as on three kinds of processor, one after the other'
 	@echo 'make soak             kill training runs again and again and compare them; then the tests that take minutes'

@@ -1,4 +1,4 @@
-"""Each ingredient: causal, whatever the layout, and all weights learn."""
+"Each ingredient: no token sees its future, padding changes nothing, all learn."
 from dataclasses import replace
 
 import pytest

@@ -2,6 +2,9 @@
 import importlib
 import json
 import math
+import re
+import subprocess
+import sys
 import time
 from pathlib import Path
 from statistics import mean, stdev
@@ -346,11 +349,17 @@ def test_an_entry_of_the_records_can_race(path):
     fair.options_of(entry, "toy")
 
 
+def test_the_table_says_where_the_rules_are():
+    text = race.RECORDS.read_text(encoding="utf-8")
+    links = re.findall(r"\]\(([^)]+)\)", text)
+    assert len(links) == 2
+    assert all((race.RECORDS.parent / link).exists() for link in links)
+    means = [bits for bits, _ in race.read_records()]
+    assert means == sorted(means, reverse=True)   # each is better than the one before
+
+
 def test_a_record_from_the_file_to_the_line(tmp_path):
     "The script and its processes, on a small corpus and for very little work."
-    import subprocess
-    import sys
-
     path = tmp_path / "tiny.py"
     entry = f"Entry('tiny', {SMALL | {'start': 'bigrams', 'candidates': 50}!r})"
     text = f"from minikl.ingredients import Entry\nENTRY = {entry}\n"

@@ -539,7 +539,8 @@ def lines_of(tmp_path, lr, **length):   # (Run, its lines of metrics)
     options.model = replace(options.model, d_model=8, num_heads=2, num_kv_heads=1)
     options.data.corpus = "toy"
     options.run = replace(options.run, out_dir=str(tmp_path / "out"), **length)
-    options.learning = replace(options.learning, batch_size=4, lr=lr, muon_lr=lr)
+    rates = {"lr": lr, "muon_lr": lr}
+    options.learning = replace(options.learning, batch_size=4, candidates=0, **rates)
     run = trainer.Run(options, parallel.Ranks(threads=1))
     run.recorder = Recorder(options.run, {}, run.lines)
     try:
