@@ -151,7 +151,6 @@ def count_by_formula(config):  # MiniKLConfig → weights of the model
     return config.num_layers * (attention + ffn + norms) + embeddings + width
 
 # %% ../nbs/08_nested_tensors.ipynb #c041x
-import torch
 from fastcore.basics import patch
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
@@ -236,10 +235,7 @@ def loss(
     if sum(batch.lengths) < len(targets):  # padding needs no output layer
         is_real = targets != IGNORE
         hidden, targets = hidden[is_real], targets[is_real]
-    weight = self.output_weight
-    shift = None
-    if batch.candidates is not None:  # some tokens in place of all
-        weight, targets, shift = batch.candidates.narrow(weight, targets)
+    weight, targets, shift = batch.narrow(self.output_weight, targets)
     is_training = torch.is_grad_enabled()
     total = ChunkedCrossEntropy.apply(hidden, weight, targets, shift, is_training)
     return total, (batch.targets != IGNORE).sum()
