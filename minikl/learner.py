@@ -170,12 +170,12 @@ class Learner:
         docs += [torch.zeros(1, dtype=torch.long)] * n_missing
         mine = micro_batches(docs, peers.index(self.ranks.rank), len(peers), n_parts)
         batches = [self.layout(part) for part in mine]
-        if self.learning.candidates:
-            self.narrow(batches, step)
+        if 0 < self.learning.candidates < self.config.vocab_size:
+            self.choose_candidates(batches, step)
         batches = [batch.to(self.ranks.device) for batch in batches]
         return batches, max(1, documents.n_targets(drawn))
 
-    def narrow(
+    def choose_candidates(
         self,
         batches,  # of this process
         step,     # 0, 1, 2, …
@@ -187,8 +187,9 @@ class Learner:
         asked = self.ranks.any(asked)
         seed = (self.learning.seed * 1_000_003 + step) % 2**63
         chosen = draw_candidates(asked, self.learning.candidates, seed)
+        chosen = chosen.to(self.ranks.device)
         for batch in batches:
-            batch.candidates = chosen.to(self.ranks.device)
+            batch.candidates = chosen
 
     def step(
         self,
