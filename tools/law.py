@@ -1,0 +1,252 @@
+"""Short runs over width, depth and data, from which lesson 27 learns a law.
+
+    python tools/law.py measure          processor time of a step of every shape, then
+                                         all runs that are not in the file yet
+                                         (34 minutes of one core; --jobs=2: half)
+    python tools/law.py list             what there is to run, and what is done
+
+A minute is the processor time of 557 steps of the reference: the recipe of lesson 17,
+with --decay=cosine --start=random --candidates=0. A run of another shape gets as many
+steps as cost the same processor time. Results lie in nbs/measured/law.json, one line a
+run; a queue that was interrupted goes on.
+"""
+import argparse
+import json
+import multiprocessing
+import sys
+import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass, replace
+from datetime import datetime, timezone
+from functools import lru_cache
+from pathlib import Path
+from statistics import median
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+from minikl.files import write_atomically
+from minikl.learner import Learner
+from minikl.options import parse_options
+from minikl.parallel import Ranks
+from minikl.plan import some_of
+from minikl.prepare import read_data
+from minikl.shortcuts import weights_at_first
+
+MEASURED = ROOT / "nbs" / "measured" / "law.json"
+STEPS_PER_MINUTE = 557     # of the reference, two processes on two cores: lesson 17
+REFERENCE = ["--decay=cosine", "--start=random", "--candidates=0"]
+HEAD = 32                  # features of a head, whatever the shape
+TURNS = 7                  # of the speed measurement
+STEPS_PER_TURN = 3
+SEEN = 500                 # training poems, at least, to evaluate on
+
+
+@dataclass(frozen=True)
+class Trial:
+    "A run: which model, how long, on which part of the corpus."
+
+    layers: int
+    width: int
+    minutes: float = 1
+    part: int = 1   # every so many-th poem
+
+    @property
+    def shape(self):
+        return f"{self.layers}x{self.width}"
+
+    @property
+    def name(self):
+        return f"{self.shape}, {self.minutes:g} min, 1/{self.part}"
+
+
+# the most informative first, for whoever stops the queue early
+TRIALS = [
+    Trial(4, 192),
+    Trial(2, 128),
+    Trial(1, 64),
+    Trial(2, 128, part=4),
+    Trial(1, 128, part=8),
+    Trial(3, 256),
+    Trial(2, 192),
+    Trial(2, 128, minutes=0.25),
+    Trial(4, 192, minutes=0.5),
+    Trial(2, 128, part=8),
+    Trial(2, 64),
+    Trial(1, 64, part=4),
+    Trial(1, 128),
+    Trial(4, 192, part=8),
+    Trial(2, 128, minutes=0.5),
+    Trial(3, 128),
+    Trial(1, 64, minutes=0.25),
+    Trial(2, 64, part=8),
+    Trial(2, 128, part=2),
+]
+# evaluated on the way as well: what the middle of a schedule looks like
+WATCHED = {Trial(2, 128), Trial(1, 64), Trial(4, 192)}
+
+
+# ---- the file
+
+
+def read_measured():   # {group: {name: what was measured}}
+    return json.loads(MEASURED.read_text("utf-8")) if MEASURED.exists() else {}
+
+
+def store(group, **measurements):
+    "Add to a group of the file. Each entry is a line, so that a diff shows it."
+    known = read_measured()
+    known[group] = known.get(group, {}) | measurements
+    parts = []
+    for name, entries in sorted(known.items()):
+        lines = [
+            f"{json.dumps(key)}: {json.dumps(value, ensure_ascii=False)}"
+            for key, value in entries.items()
+        ]
+        parts.append(f"{json.dumps(name)}: {{\n" + ",\n".join(lines) + "\n}")
+    write_atomically(MEASURED, "{\n" + ",\n".join(parts) + "\n}\n")
+
+
+def now():   # text
+    return datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
+
+
+# ---- a run
+
+
+def options_of(layers, width, *more):   # Options
+    arguments = [
+        f"--num_layers={layers}",
+        f"--d_model={width}",
+        f"--num_heads={width // HEAD}",
+        f"--num_kv_heads={width // HEAD}",
+        "--device=cpu",
+        "--dtype=fp32",
+    ]
+    return parse_options([*arguments, *more])
+
+
+@lru_cache
+def corpus():   # (Ranks, TrainingData), once in each process
+    ranks = Ranks(threads=1, device="cpu")
+    options = options_of(2, 128)
+    return ranks, read_data(options.data, options.model, ranks)
+
+
+def learner_for(options, documents):   # Learner, before its first step
+    ranks, data = corpus()
+    config = replace(options.model, vocab_size=len(data.tokenizer))
+    weights = weights_at_first(options, config, documents, ranks)
+    return Learner(config, options.learning, options.machine, ranks, weights)
+
+
+def seconds_of_a_step(learner, documents, turn):   # of processor time
+    start = time.process_time()
+    for step in range(turn * STEPS_PER_TURN, (turn + 1) * STEPS_PER_TURN):
+        learner.step(documents, step, 0.01)
+    return (time.process_time() - start) / STEPS_PER_TURN
+
+
+def measure_speed(shapes):
+    """Processor time of a step with one thread, in units of the reference: all shapes
+    by turns, on the same poems in the same turn."""
+    documents = corpus()[1].documents
+    learners = {"reference": learner_for(options_of(2, 128, *REFERENCE), documents)}
+    for layers, width in shapes:
+        options = options_of(layers, width, "--start=random")  # the steps are the same
+        learners[f"{layers}x{width}"] = learner_for(options, documents)
+    seconds = {name: [] for name in learners}
+    for turn in range(TURNS + 1):
+        for name, learner in learners.items():
+            seconds[name].append(seconds_of_a_step(learner, documents, turn))
+    found = {}
+    for name, turns in seconds.items():
+        pairs = zip(turns[1:], seconds["reference"][1:], strict=True)  # after a warm-up
+        found[name] = round(median(a / b for a, b in pairs), 4)
+    return found, median(seconds["reference"][1:])
+
+
+def train(trial, ratio):   # what comes out: dict
+    "One run, in this process."
+    ranks, data = corpus()
+    documents = some_of(data.documents, slice(None, None, trial.part))
+    options = options_of(trial.layers, trial.width)
+    start = time.process_time()
+    learner = learner_for(options, documents)
+    n_steps = max(1, round(trial.minutes * STEPS_PER_MINUTE / ratio))
+    watched = [n_steps // 4, n_steps // 2] if trial in WATCHED else []
+    seconds = time.process_time() - start
+    curve = []
+    n_tokens = 0
+    for step in range(n_steps):
+        if step in watched:
+            curve.append([step, n_tokens, round(learner.bits_per_char(data.held_out), 4)])
+        start = time.process_time()
+        result = learner.step(documents, step, (step + 0.5) / n_steps)
+        seconds += time.process_time() - start
+        n_tokens += result.n_targets
+    seen = some_of(documents, slice(None, None, max(1, len(documents) // SEEN)))
+    seen.n_chars = round(seen.n_targets() / data.targets_per_char)
+    return {
+        "layers": trial.layers,
+        "width": trial.width,
+        "minutes": trial.minutes,
+        "part": trial.part,
+        "steps": n_steps,
+        "tokens": n_tokens,
+        "unique": documents.n_targets(),
+        "bits_per_char": round(learner.bits_per_char(data.held_out), 4),
+        "seen": round(learner.bits_per_char(seen), 4),
+        "seconds": round(seconds, 1),
+        "curve": curve,
+        "when": now(),
+    }
+
+
+def measure(options):
+    "Everything that is missing in the file."
+    shapes = sorted({(trial.layers, trial.width) for trial in TRIALS})
+    names = {f"{layers}x{width}" for layers, width in shapes}
+    if names - read_measured().get("ratios", {}).keys():
+        ratios, seconds = measure_speed(shapes)
+        store("ratios", **ratios)
+        store("about", seconds_of_a_reference_step=round(seconds, 4))
+        print(f"processor time of a step, reference = 1: {ratios}", flush=True)
+    ratios = read_measured()["ratios"]
+    done = read_measured().get("runs", {})
+    missing = [trial for trial in TRIALS if trial.name not in done]
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(options.jobs, mp_context=context) as pool:
+        runs = {pool.submit(train, t, ratios[t.shape]): t for t in missing}
+        for finished in as_completed(runs):
+            name = runs[finished].name
+            result = finished.result()
+            store("runs", **{name: result})
+            print(f"{now()} {name}: {result['bits_per_char']} bits", flush=True)
+
+
+def list_trials(options):
+    done = read_measured().get("runs", {})
+    for trial in TRIALS:
+        print(trial.name, done.get(trial.name, {}).get("bits_per_char", "to do"))
+    print(sum(trial.minutes for trial in TRIALS), "minutes of two cores in all")
+
+
+# ---- the command line
+
+COMMANDS = {"measure": measure, "list": list_trials}
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(
+        "law.py",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("what", choices=COMMANDS)
+    parser.add_argument("--jobs", type=int, default=1, help="runs at the same time")
+    options = parser.parse_args(argv)
+    COMMANDS[options.what](options)
+
+
+if __name__ == "__main__":
+    main()
