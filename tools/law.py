@@ -179,7 +179,8 @@ def train(trial, ratio):   # what comes out: dict
     n_tokens = 0
     for step in range(n_steps):
         if step in watched:
-            curve.append([step, n_tokens, round(learner.bits_per_char(data.held_out), 4)])
+            bits = learner.bits_per_char(data.held_out)
+            curve.append([step, n_tokens, round(bits, 4)])
         start = time.process_time()
         result = learner.step(documents, step, (step + 0.5) / n_steps)
         seconds += time.process_time() - start
