@@ -3,6 +3,10 @@
     python tools/law.py measure          processor time of a step of every shape, then
                                          all runs that are not in the file yet
                                          (34 minutes of one core; --jobs=2: half)
+    python tools/law.py predict          fit the law, and write down what it says about
+                                         thirty minutes
+    python tools/law.py long             the run of thirty minutes that it speaks of
+                                         (two processes)
     python tools/law.py list             what there is to run, and what is done
 
 A minute is the processor time of 557 steps of the reference: the recipe of lesson 17,
@@ -13,10 +17,12 @@ run; a queue that was interrupted goes on.
 import argparse
 import json
 import multiprocessing
+import os
+import subprocess
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
 from functools import lru_cache
 from pathlib import Path
@@ -25,6 +31,16 @@ from statistics import median
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from minikl.files import write_atomically
+from minikl.law import (
+    SHAPES,
+    STEPS_PER_MINUTE,
+    VERSIONS,
+    body_weights,
+    bootstrap,
+    fit_law,
+    leave_one_out,
+    suggest,
+)
 from minikl.learner import Learner
 from minikl.options import parse_options
 from minikl.parallel import Ranks
@@ -33,7 +49,6 @@ from minikl.prepare import read_data
 from minikl.shortcuts import weights_at_first
 
 MEASURED = ROOT / "nbs" / "measured" / "law.json"
-STEPS_PER_MINUTE = 557     # of the reference, two processes on two cores: lesson 17
 REFERENCE = ["--decay=cosine", "--start=random", "--candidates=0"]
 HEAD = 32                  # features of a head, whatever the shape
 TURNS = 7                  # of the speed measurement
@@ -81,8 +96,6 @@ TRIALS = [
     Trial(2, 64, part=8),
     Trial(2, 128, part=2),
 ]
-# of which only the speed is measured, so that a law can ask what they cost
-UNTRAINED = {(3, 192), (2, 256), (4, 256)}
 # evaluated on the way as well: what the middle of a schedule looks like
 WATCHED = {Trial(2, 128), Trial(1, 64), Trial(4, 192)}
 
@@ -115,8 +128,8 @@ def now():   # text
 # ---- a run
 
 
-def options_of(layers, width, *more):   # Options
-    arguments = [
+def shape_options(layers, width):   # list of arguments for train.py
+    return [
         f"--num_layers={layers}",
         f"--d_model={width}",
         f"--num_heads={width // HEAD}",
@@ -124,7 +137,10 @@ def options_of(layers, width, *more):   # Options
         "--device=cpu",
         "--dtype=fp32",
     ]
-    return parse_options([*arguments, *more])
+
+
+def options_of(layers, width, *more):   # Options
+    return parse_options([*shape_options(layers, width), *more])
 
 
 @lru_cache
@@ -207,7 +223,7 @@ def train(trial, ratio):   # what comes out: dict
 
 def measure(options):
     "Everything that is missing in the file."
-    shapes = sorted({(trial.layers, trial.width) for trial in TRIALS} | UNTRAINED)
+    shapes = sorted({(trial.layers, trial.width) for trial in TRIALS} | set(SHAPES))
     names = {f"{layers}x{width}" for layers, width in shapes}
     if names - read_measured().get("ratios", {}).keys():
         ratios, seconds = measure_speed(shapes)
@@ -227,6 +243,104 @@ def measure(options):
             print(f"{now()} {name}: {result['bits_per_char']} bits", flush=True)
 
 
+# ---- the prediction, and the run that it is about
+
+LONG = 30    # minutes of two cores
+DRAWS = 60   # of the bootstrap
+
+
+def cost_of(layers, width):   # measured, in steps of the reference
+    return read_measured()["ratios"][f"{layers}x{width}"]
+
+
+def root_mean_square(numbers):
+    return (sum(x**2 for x in numbers) / len(numbers)) ** 0.5
+
+
+def predict(options):
+    "Written down before the long run, with the time and all that it rests on."
+    measured = read_measured()
+    if "long" in measured:
+        sys.exit("the long run is over: what would be written now is no prediction")
+    runs = list(measured["runs"].values())
+    errors = {}
+    for name, fixed in VERSIONS.items():
+        errors[name] = root_mean_square(leave_one_out(runs, **fixed))
+    version = min(errors, key=errors.get)
+    laws = {name: fit_law(runs, **fixed) for name, fixed in VERSIONS.items()}
+    budget = LONG * STEPS_PER_MINUTE
+    best = suggest(budget, laws[version], cost_of)
+    unique = max(run["unique"] for run in runs)
+    place = body_weights(best.layers, best.width), best.tokens, unique
+    versions = {name: float(law.bits(*place)) for name, law in laws.items()}
+    drawn = bootstrap(runs, DRAWS, **VERSIONS[version])
+    answers = sorted(float(law.bits(*place)) for law in drawn)
+    shapes = {}
+    for shape in SHAPES:
+        one = suggest(budget, laws[version], cost_of, [shape])
+        shapes[f"{one.layers}x{one.width}"] = round(one.bits, 4)
+    prediction = {
+        "when": now(),
+        "runs": len(runs),
+        "version": version,
+        "left_out": {name: round(bits, 4) for name, bits in errors.items()},
+        "law": asdict(laws[version]),
+        "minutes": LONG,
+        "shape": f"{best.layers}x{best.width}",
+        "cost": cost_of(best.layers, best.width),
+        "steps": best.steps,
+        "tokens": best.tokens,
+        "passes": round(best.tokens / unique, 2),
+        "bits": round(best.bits, 4),
+        "low": round(answers[DRAWS // 20], 4),
+        "high": round(answers[-1 - DRAWS // 20], 4),
+        "versions": {name: round(bits, 4) for name, bits in versions.items()},
+        "shapes": shapes,
+    }
+    store("prediction", **prediction)
+    for name, value in prediction.items():
+        print(name, value)
+
+
+def train_long(options):
+    "The run of the prediction, by torchrun; one that was interrupted goes on."
+    prediction = read_measured()["prediction"]
+    layers, width = map(int, prediction["shape"].split("x"))
+    out = ROOT / "out" / "law"
+    chosen = [
+        "--max_steps=%d" % prediction["steps"],
+        "--eval_every=%d" % (prediction["steps"] // 10),
+        *shape_options(layers, width),
+        f"--out_dir={out}",
+        "--resume",
+    ]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
+    script = str(ROOT / "minikl" / "train.py")
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    subprocess.run([*torchrun, script, *chosen], env=environment, check=True)
+    run = json.loads((out / "run.json").read_text("utf-8"))
+    lines = (out / "metrics.jsonl").read_text("utf-8").splitlines()
+    lines = [json.loads(line) for line in lines]
+    tokens = {line["step"]: line["tokens"] for line in lines if "tokens" in line}
+    curve = []
+    for line in lines:
+        if "bits_per_char" in line:
+            bits = round(line["bits_per_char"], 4)
+            curve.append([line["step"], tokens.get(line["step"]), bits])
+    result = {
+        "layers": layers,
+        "width": width,
+        "steps": max(tokens),
+        "tokens": tokens[max(tokens)],
+        "bits_per_char": round(run["bits_per_char"]["MiniKL"], 4),
+        "curve": curve,
+        "when": now(),
+    }
+    store("long", **{prediction["shape"]: result})
+    off = prediction["bits"] - result["bits_per_char"]
+    print(f"predicted {prediction['bits']}, measured {result['bits_per_char']}: {off:+}")
+
+
 def list_trials(options):
     done = read_measured().get("runs", {})
     for trial in TRIALS:
@@ -236,7 +350,12 @@ def list_trials(options):
 
 # ---- the command line
 
-COMMANDS = {"measure": measure, "list": list_trials}
+COMMANDS = {
+    "measure": measure,
+    "predict": predict,
+    "long": train_long,
+    "list": list_trials,
+}
 
 
 def main(argv=None):
