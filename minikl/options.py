@@ -174,8 +174,9 @@ class MachineOptions:
     )
     dtype: str = option(
         "auto",
-        "numbers of the forward pass; auto: bf16 or fp16 on a GPU, else fp32",
-        choices=("auto", "fp32", "bf16", "fp16"),
+        "numbers of the forward pass; auto: bf16 or fp16 on a GPU, else fp32; "
+        "fastest: bf16 on a CPU, too, if it has it in hardware",
+        choices=("auto", "fastest", "fp32", "bf16", "fp16"),
     )
     compile: bool = option(
         False,

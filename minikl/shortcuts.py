@@ -16,7 +16,6 @@ from torch.nn import functional as F
 from .chat import readable, start_weights
 from .checkpoint import from_first
 from .data import IGNORE
-from .files import UserError
 from .parallel import first_weights
 
 # %% ../nbs/26_output_layer.ipynb #o010

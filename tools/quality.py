@@ -1,7 +1,7 @@
 """Which change bought what: arms that differ in one thing, trained as many minutes.
 
-    python tools/quality.py speed           processor time of a step, all arms in turns
-                                            (5 minutes of one core)
+    python tools/quality.py speed [ARM …]   processor time of a step, arms in turns with
+                                            the default (all: 5 minutes of one core)
     python tools/quality.py train [ARM …]   train arms that are not trained yet
                                             (6 minutes of one core each; --minutes=1: 2)
     python tools/quality.py bracket [ARM …] train arms with AdamW at other rates, until
@@ -49,6 +49,7 @@ from minikl.data import (
 from minikl.files import write_atomically
 from minikl.jsonl import read_jsonl
 from minikl.layouts import Layout, Nested, Padded
+from minikl.learner import Learner
 from minikl.model import MiniKL
 from minikl.options import parse_options
 from minikl.parallel import Ranks, evaluate
@@ -195,11 +196,21 @@ ONE_OUT = {
     "3 × 96": {"d_model": 96, "num_layers": 3},
     "tied": {"tie_embeddings": True},
 }
+# the recipe up to lesson 24, from which all arms above differ: that of a plain Llama
+BEFORE = {"decay": "cosine", "start": "random", "candidates": 0}
+# the recipe of train.py; from it, one thing taken out again
+SINCE = {
+    "recipe": {},
+    "recipe, cosine": {"decay": "cosine"},
+    "recipe, random start": {"start": "random"},
+    "recipe, whole vocabulary": {"candidates": 0},
+}
 RATES = 1.5e-3, 3e-3, 6e-3   # of AdamW, tried first
 SEEDS = 0, 1, 2
 # the arms whose differences the lesson speaks of
 SEEDED = ("untied", "Muon", "default")
-CURVES = ("nanoGPT", "tokens", "packed", "default")   # evaluated on the way, too
+# evaluated on the way, too
+CURVES = ("nanoGPT", "tokens", "packed", "default", "recipe")
 
 
 def all_arms():   # {name: what differs from the defaults of train.py}
@@ -213,7 +224,8 @@ def all_arms():   # {name: what differs from the defaults of train.py}
         raise ValueError(f"the ladder does not end at the default: {arms['default']}")
     arms["nanoGPT"] = NANO
     arms["packed"] = arms["tokens"] | PACKED
-    return arms | ONE_OUT
+    arms |= ONE_OUT
+    return {name: BEFORE | arm for name, arm in arms.items()} | SINCE
 
 
 ARMS = all_arms()
@@ -251,9 +263,9 @@ def patched(
         return made
 
     layouts = {"padded": Blocks} if extra["blocks"] else {}
-    with patch.dict(minikl.learner.LAYOUTS, layouts), patch.multiple(
+    model_class = patch.object(Learner, "model_class", extra["model"])
+    with model_class, patch.dict(minikl.learner.LAYOUTS, layouts), patch.multiple(
         minikl.learner,
-        MiniKL=extra["model"],
         schedule=partial(schedule, final=extra["final"]),
         make_optimizers=optimizers,
         evaluate=evaluate_alone,
@@ -289,30 +301,35 @@ def seconds_of_a_step(run, turn):   # of processor time
 
 
 def measure_speed(options):
-    """Processor time of a step with one thread, all arms in turns on the same poems.
+    """Processor time of a step with one thread, arms in turns on the same poems.
 
     Written to out/quality/speed.json: {arm: seconds}.
     """
-    seconds = {name: [] for name in ARMS}
+    names = dict.fromkeys(["default", *(options.arms or ARMS)])
+    seconds = {name: [] for name in names}
     with tempfile.TemporaryDirectory() as folder:
-        runs = {name: begin_run(name, folder) for name in ARMS}
+        runs = {name: begin_run(name, folder) for name in names}
         for turn in range(options.turns):
             for name, run in runs.items():
                 seconds[name].append(seconds_of_a_step(run, turn))
             print(f"turn {turn + 1} of {options.turns}", flush=True)
     default = median(seconds["default"])
-    found = {}
+    found = read_speed() if options.arms else {}
+    base = found.get("default", default)   # seconds when the others were measured
     for name, turns in seconds.items():
         ratios = [a / b for a, b in zip(turns, seconds["default"], strict=True)]
-        found[name] = default * median(ratios)
+        found[name] = base * median(ratios)
     write_atomically(OUT / "speed.json", json.dumps(found, indent=1))
     for name, value in found.items():
         ms = 1000 * value
-        print(f"{name:14} {ms:7.0f} ms, {value / default:5.2f} of the default")
+        print(f"{name:24} {ms:7.0f} ms, {value / found['default']:5.2f} of the default")
 
 
-def read_speed():   # {arm: seconds}
-    return json.loads((OUT / "speed.json").read_text())
+def read_speed():   # {arm: seconds}, measured here or as the lesson has it
+    path = OUT / "speed.json"
+    if path.exists():
+        return json.loads(path.read_text())
+    return json.loads(MEASURED.read_text())["speed"]
 
 
 # ---- training
