@@ -16,13 +16,10 @@ from minikl.law import (
     PRIOR,
     SHAPES,
     STEPS_PER_MINUTE,
-    VERSIONS,
     Law,
     body_weights,
-    bootstrap,
     effective_tokens,
     fit_law,
-    leave_one_out,
     outcome,
     step_cost,
     suggest,
@@ -113,24 +110,24 @@ def test_one_strange_run_does_not_bend_the_law():
     assert max(abs(a - b) for a, b in zip(plain, bent, strict=True)) < 0.05
 
 
-def test_numbers_that_are_given_stay():
-    for name, fixed in VERSIONS.items():
+def test_numbers_that_are_given_stay(tool):
+    for name, fixed in tool.VERSIONS.items():
         law = fit_law(runs_under(TRUTH)[:8], **fixed)
         assert all(asdict(law)[key] == value for key, value in fixed.items()), name
 
 
-def test_the_missing_run_is_not_seen():
+def test_the_missing_run_is_not_seen(tool):
     "Its own figure has no influence on what is said about it."
     runs = runs_under(TRUTH)[:6]
-    plain = leave_one_out(runs, **VERSIONS["size and data"])
+    plain = tool.leave_one_out(runs, **tool.VERSIONS["size and data"])
     runs[2] = runs[2] | {"bits_per_char": 9.0}
-    moved = leave_one_out(runs, **VERSIONS["size and data"])
+    moved = tool.leave_one_out(runs, **tool.VERSIONS["size and data"])
     before = runs_under(TRUTH)[2]["bits_per_char"] + plain[2]
     assert math.isclose(before, 9.0 + moved[2], rel_tol=1e-9)
 
 
-def test_other_draws_lead_to_other_laws():
-    laws = bootstrap(runs_under(TRUTH, noise=0.02), 3)
+def test_other_draws_lead_to_other_laws(tool):
+    laws = tool.bootstrap(runs_under(TRUTH, noise=0.02), 3)
     assert len({law.floor for law in laws}) == 3
 
 
