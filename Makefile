@@ -1,9 +1,10 @@
 # MiniKL: `make run` trains a model that writes verse, `make test` checks everything. The other targets: make help
 PYTHON ?= python3
 MINUTES ?= 3
-EPOCHS ?= 4
+EPOCHS ?= 8
 PROCESSES ?= 2
 OUT ?= out
+ENTRY ?= tools/entries/04_bigrams.py
 REQUESTS := data/requests.jsonl
 BIN := .venv/bin
 READY := .venv/ready
@@ -13,13 +14,14 @@ SIDE_BY_SIDE := -n logical --maxprocesses=4 --dist=load --maxschedchunk=1
 # files that a reader does not open are not listed; tools/lab: no window asks about news
 LAB := --ContentsManager.hide_globs='["__pycache__", "*.yml", "*.css", "*.svg"]' --LabApp.app_settings_dir=tools/lab
 
-.PHONY: help run serve compare test test-everywhere soak lab export execute docs clean
+.PHONY: help run serve compare race test test-everywhere soak lab export execute docs clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo 'make run              train on classical Chinese poetry for $(MINUTES) minutes (at most $(EPOCHS) epochs), then continue 一生一代一双人，'
 	@echo 'make serve            teach the model of $(OUT)/ to follow requests and to keep the form (4 minutes), then open a page to write with'
 	@echo 'make compare          one page that compares the three models, $(OUT)/compare.html'
+	@echo 'make race             measure an idea against the records: make race ENTRY=my_idea.py (a few minutes)'
 	@echo 'make test             run every lesson and every test, side by side'
 	@echo 'make test-everywhere  the same as on three kinds of processor, one after the other'
 	@echo 'make soak             kill training runs again and again and compare them; then the tests that take minutes'
@@ -39,26 +41,30 @@ $(READY): requirements.txt setup.py settings.ini
 	@touch $@
 
 $(OUT)/model.safetensors: | $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node=$(PROCESSES) minikl/train.py --minutes=$(MINUTES) --epochs=$(EPOCHS) --eval_every=400 --out_dir=$(OUT) --resume
+	OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node=$(PROCESSES) minikl/train.py --minutes=$(MINUTES) --epochs=$(EPOCHS) --dtype=fastest --eval_every=400 --out_dir=$(OUT) --resume
 
 run: $(OUT)/model.safetensors
 	@$(BIN)/python -c 'import json; print("$(OUT)/ holds a model trained on", *(r := json.load(open("$(OUT)/run.json", encoding="utf-8")))["data"], "\nheld-out bits per character:", ", ".join(f"{k} {v:.2f}" for k, v in r["bits_per_char"].items()))'
 	@$(BIN)/python minikl/generate.py --model_path=$(OUT) --prompt=一生一代一双人，
 	@$(BIN)/python minikl/report.py $(OUT)
 
-# lesson 20: learn on from requests; lesson 22: from the judge's reward
+# lesson 20: learn on from requests; lesson 22: from the judge's reward; as measured there
 $(OUT)-sft/model.safetensors: | $(OUT)/model.safetensors
 	$(BIN)/python -m minikl.instruct --out=$(REQUESTS)
-	OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node=$(PROCESSES) minikl/train.py --init_path=$(OUT) --data_jsonl_path=$(REQUESTS) --batch_size=16 --max_steps=1400 --out_dir=$(OUT)-sft --resume
+	OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node=$(PROCESSES) minikl/train.py --init_path=$(OUT) --data_jsonl_path=$(REQUESTS) --batch_size=16 --decay=cosine --candidates=0 --max_steps=1400 --out_dir=$(OUT)-sft --resume
 
 $(OUT)-rl/model.safetensors: | $(OUT)-sft/model.safetensors
-	OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node=$(PROCESSES) -m minikl.grpo --init_path=$(OUT)-sft --data_jsonl_path=$(REQUESTS) --max_steps=100 --kl=0.03 --out_dir=$(OUT)-rl --resume
+	OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node=$(PROCESSES) -m minikl.grpo --init_path=$(OUT)-sft --data_jsonl_path=$(REQUESTS) --max_steps=100 --kl=0.03 --decay=cosine --out_dir=$(OUT)-rl --resume
 
 serve: $(OUT)-rl/model.safetensors
 	@$(BIN)/python -m minikl.serve --model_path=$(OUT)-rl
 
 compare: $(OUT)-rl/model.safetensors
 	@$(BIN)/python -m minikl.compare $(OUT) $(OUT)-sft $(OUT)-rl
+
+# three seeds, a core each; the rules: nbs/reference/race.ipynb
+race: $(READY)
+	@$(BIN)/python tools/race.py run $(ENTRY)
 
 test: $(READY)
 	@$(BIN)/python -m pytest -q tests $(SIDE_BY_SIDE)

@@ -31,8 +31,7 @@ class Entry:
 
     idea: str                                    # one line
     options: dict = field(default_factory=dict)  # of train.py: {"activation": "relu"}
-    learner: type = Learner  # a subclass: other schedule, batches, `model_class`
-    is_even: bool = True     # False: what a step costs depends on how far the run is
+    learner: type = Learner                      # or a subclass, `model_class` in it
 
 PLAIN = {"decay": "cosine", "start": "random", "candidates": 0}
 REFERENCE = Entry("today's Llama", PLAIN)
@@ -45,14 +44,14 @@ INGREDIENTS = {  # each on top of the options of `REFERENCE`
 }
 
 # %% ../nbs/25_since_llama.ipynb #i015
-def ingredient(name, idea, is_even=True, **options):  # decorator of a class
+def ingredient(name, idea, **options):  # decorator of a class
     "Enter a subclass of Learner, or of MiniKL, into `INGREDIENTS`. See `Entry`."
 
     def enter(kind):
         learner = kind
         if issubclass(kind, MiniKL):
             learner = type(kind.__name__, (Learner,), {"model_class": kind})
-        INGREDIENTS[name] = Entry(idea, options, learner, is_even)
+        INGREDIENTS[name] = Entry(idea, options, learner)
         return kind
 
     return enter
@@ -157,7 +156,7 @@ class BigramTable(WithPrevious):
         nn.init.zeros_(self.pairs.weight)
 
     def enter(self, ids, previous, is_first):
-        row = ((36_313 * previous) ^ (27_191 * ids)) % self.n_rows
+        row = ((40_503 * previous) ^ (25_173 * ids)) % self.n_rows
         row = row.masked_fill(is_first, 0)  # whatever was before
         return self.embed(ids) + self.pairs(row)
 
@@ -353,13 +352,13 @@ class MixtureOfExperts(MiniKL):
                 draw_weight(name, weight, config)
 
 # %% ../nbs/25_since_llama.ipynb #i140
-@ingredient("batch ramp", "4 steps of 8 documents, later one of 32", is_even=False)
+@ingredient("batch ramp", "4 steps of 8 documents, later one of 32")
 class BatchRamp(Learner):
     "The same documents, at first in smaller steps. Smith 2018, arXiv:1711.00489."
 
     def step(self, documents, step, done):
         whole = self.learning
-        self.n_parts = 4 if done < 0.25 else 2 if done < 0.5 else 1
+        self.n_parts = 4 if done < 1 / 3 else 2 if done < 2 / 3 else 1
         self.learning = replace(whole, batch_size=whole.batch_size // self.n_parts)
         total = StepResult(0.0, 0.0, 0, 0)
         for part in range(self.n_parts):
@@ -385,7 +384,7 @@ def beginnings(documents, n_tokens):  # Documents, int → Documents
     short.lengths = short.ends - short.starts
     return short
 
-@ingredient("length ramp", "at first, beginnings of poems", is_even=False)
+@ingredient("length ramp", "at first, beginnings of poems")
 class LengthRamp(Learner):
     "In the first half of a run, only the beginning of a document. arXiv:2108.06084."
 

@@ -204,14 +204,19 @@ def test_a_checkpoint_of_an_older_version_goes_on(kind, run, tmp_path):
     shutil.copytree(OLD / kind / checkpoint, out / "checkpoints" / checkpoint)
     for name in ("metrics", "samples"):
         (out / f"{name}.jsonl.running").touch()
-    options = ["--max_steps=12", f"--optimizer={kind}", "--save_every=4"]
-    assert "continuing from" in well(run(kind, *options, "--resume"))
+    options = ["--max_steps=12", f"--optimizer={kind}", "--save_every=4", "--resume"]
+    one_line(run(kind, *options), "of another run: decay=linear, there cosine")
+    options += ["--decay=cosine", "--start=random", "--candidates=0"]
+    assert "continuing from" in well(run(kind, *options))
     assert not list(out.glob("*running"))
     expected = json.loads((OLD / kind / "losses.json").read_text())
     assert losses(out) == pytest.approx(expected, rel=1e-3)
 
 
-@pytest.mark.parametrize("options", [[], ["--optimizer=adamw"], ["--dtype=bf16"]])
+OPTIONS = "optimizer=adamw", "dtype=bf16", "candidates=3", "start=random"
+
+
+@pytest.mark.parametrize("options", [[], *([f"--{option}"] for option in OPTIONS)])
 def test_a_stopped_run_goes_on_to_the_bit(options, run, tmp_path, monkeypatch):
     well(run("whole", *options))
     with monkeypatch.context() as patched:
@@ -534,7 +539,8 @@ def lines_of(tmp_path, lr, **length):   # (Run, its lines of metrics)
     options.model = replace(options.model, d_model=8, num_heads=2, num_kv_heads=1)
     options.data.corpus = "toy"
     options.run = replace(options.run, out_dir=str(tmp_path / "out"), **length)
-    options.learning = replace(options.learning, batch_size=4, lr=lr, muon_lr=lr)
+    rates = {"lr": lr, "muon_lr": lr}
+    options.learning = replace(options.learning, batch_size=4, candidates=0, **rates)
     run = trainer.Run(options, parallel.Ranks(threads=1))
     run.recorder = Recorder(options.run, {}, run.lines)
     try:

@@ -8,12 +8,12 @@ ENTRY = Entry(…). The last line printed is the result as JSON. tools/race.py c
 """
 import argparse
 import json
-import runpy
 import sys
 import time
 from collections import defaultdict
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import fields, replace
 from functools import lru_cache
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from statistics import mean, median
 
@@ -23,6 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from minikl.corpora import CORPORA, CannotFetch
 from minikl.files import OneLineParser, UserError, one_line_errors
+from minikl.ingredients import INGREDIENTS, REFERENCE, Entry
 from minikl.learner import Learner
 from minikl.model import MiniKL, MiniKLConfig
 from minikl.options import LearningOptions, check, parse_options
@@ -30,22 +31,9 @@ from minikl.parallel import Ranks
 from minikl.prepare import read_data
 from minikl.shortcuts import weights_at_first
 
-try:
-    from minikl.ingredients import INGREDIENTS, REFERENCE, Entry
-except ImportError:   # a stand-in until they are there
-    @dataclass
-    class Entry:
-        idea: str
-        options: dict = field(default_factory=dict)
-        learner: type = Learner
-
-    plain = {"decay": "cosine", "start": "random", "candidates": 0}
-    REFERENCE = Entry("today's Llama", plain)
-    INGREDIENTS = {"linear decay": Entry("linear decay", {"decay": "linear"})}
-
 WORK = 300   # steps of the reference, 32 documents each
 TURNS = 7    # of a comparison of speed
-MOMENTS = 6   # of the run, in each turn
+MOMENTS = 8   # of the run, in each turn
 ENTRY_OPTIONS = {
     *(one.name for one in fields(MiniKLConfig)),
     *(one.name for one in fields(LearningOptions)),
@@ -56,26 +44,38 @@ ENTRY_OPTIONS = {
 # ---- an entry becomes a model and what trains it
 
 
-@lru_cache
+def entry_in(path):   # Entry
+    "What a Python file calls ENTRY. `UserError` without one."
+    if not Path(path).is_file():
+        raise UserError(f"{path}: no such file")
+    spec = spec_from_file_location("entry", path)
+    module = module_from_spec(spec)
+    sys.modules["entry"] = module   # dataclasses look for their module there
+    try:
+        spec.loader.exec_module(module)
+    except SyntaxError as error:
+        where = f"{path}, line {error.lineno}"
+        raise UserError(f"{where}: this is no Python: {error.msg}") from None
+    entry = getattr(module, "ENTRY", None)
+    if not isinstance(entry, Entry):
+        raise UserError(f"{path}: expected a line ENTRY = Entry(…) in it")
+    return entry
+
+
 def entry_of(source):   # name of an ingredient, or path of a Python file → Entry
     "`UserError` where there is none, or one that changes what it must not."
-    entry = {REFERENCE.idea: REFERENCE, **INGREDIENTS}.get(source)
-    if not source.endswith(".py"):
-        if entry is None:
-            names = ", ".join([REFERENCE.idea, *INGREDIENTS])
-            raise UserError(f"{source}: expected ENTRY.py or one of {names}")
-    elif not Path(source).is_file():
-        raise UserError(f"{source}: no such file")
+    known = {REFERENCE.idea: REFERENCE, **INGREDIENTS}
+    if source.endswith(".py"):
+        entry = entry_in(source)
+    elif source in known:
+        entry = known[source]
     else:
-        try:
-            entry = runpy.run_path(source).get("ENTRY")
-        except SyntaxError as error:
-            where = f"{source}, line {error.lineno}"
-            raise UserError(f"{where}: this is no Python: {error.msg}") from None
-        if not isinstance(entry, Entry):
-            raise UserError(f"{source}: expected a line ENTRY = Entry(…) in it")
+        raise UserError(f"{source}: expected ENTRY.py or one of {', '.join(known)}")
     for name in entry.options.keys() - ENTRY_OPTIONS:
-        raise UserError(f"{source}: an entry cannot choose the option {name!r}")
+        raise UserError(
+            f"{source}: the option {name!r} is not an entry's to choose; those of the "
+            "model and of learning are, but for the seed"
+        )
     return entry
 
 
@@ -85,6 +85,11 @@ def options_of(entry, corpus, seed=0):   # Options
     options = parse_options([f"--{name}={value}" for name, value in chosen.items()])
     check(options, 1)
     return options
+
+
+def is_reference(entry):   # bool
+    same = options_of(entry, "poetry") == options_of(REFERENCE, "poetry")
+    return same and entry.learner is Learner
 
 
 @lru_cache
@@ -127,8 +132,8 @@ def learner_of(entry, corpus, seed=0):   # Learner
     if weights and model_class is not MiniKL:
         torch.manual_seed(seed)
         weights = fitted(weights, model_class(config).state_dict()).items()
-    parts = (options.learning, options.machine, ranks, weights)
-    return entry.learner(config, *parts)
+    machine = options.machine
+    return entry.learner(config, options.learning, machine, ranks, weights)
 
 
 # ---- what a step costs, and how many an entry gets
@@ -166,16 +171,18 @@ def compare_speed(entry, corpus, work):   # {"ratio", "turns", "start", "steps"}
             learners[name], seconds = start(one, corpus)
             starts[name].append(seconds)
     seconds = defaultdict(list)
+    order = list(both)
     for turn in range(TURNS):
-        for name in sorted(both, reverse=turn % 2):
+        for name in order:
             seconds[name].append(sweep(learners[name], documents[name], turn))
+        order.reverse()
     pairs = zip(seconds["entry"], seconds["reference"], strict=True)
     turns = [ours / theirs for ours, theirs in pairs]
     before = {name: median(starts[name]) - median(seconds[name]) for name in both}
     later = (before["entry"] - before["reference"]) / median(seconds["reference"])
     ratio, later = round(median(turns), 3), round(max(0, later), 1)
-    if (entry.options, entry.learner) in (({}, Learner), (REFERENCE.options, Learner)):
-        ratio, later = 1.0, 0.0   # the reference; its turns tell how exact this is
+    if is_reference(entry):
+        ratio, later = 1.0, 0.0   # by definition; its turns tell how exact this is
     steps = max(1, round((work - later) / ratio))
     turns = [round(one, 3) for one in turns]
     return {"ratio": ratio, "turns": turns, "start": later, "steps": steps}
@@ -193,7 +200,6 @@ def train(entry, corpus, seed, n_steps):   # {"bits", "loss", "parameters"}
         "loss": round(mean(losses[-max(1, n_steps // 10) :]), 4),
         "parameters": sum(weight.numel() for weight in learner.model.parameters()),
     }
-
 
 
 # ---- the command line

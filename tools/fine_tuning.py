@@ -39,7 +39,13 @@ from minikl.tokenizer import Tokenizer
 BASE = ROOT / "out"
 OUT = ROOT / "out-requests"
 MEASURED = ROOT / "nbs" / "measured" / "requests.json"
-RECIPE = ("--batch_size=16", "--lr=0.02", "--muon_lr=0.02")
+RECIPE = (
+    "--batch_size=16",
+    "--lr=0.02",
+    "--muon_lr=0.02",
+    "--decay=cosine",
+    "--candidates=0",
+)
 KNOBS = {"temperature": 0.8, "top_p": 0.95}
 USUAL = {
     "replay": 0.25,

@@ -204,11 +204,13 @@ SINCE = {
     "recipe, cosine": {"decay": "cosine"},
     "recipe, random start": {"start": "random"},
     "recipe, whole vocabulary": {"candidates": 0},
+    "recipe, 16 bits": {"dtype": "fastest"},
 }
+USUAL = "recipe, 16 bits"   # what `make run` trains
 RATES = 1.5e-3, 3e-3, 6e-3   # of AdamW, tried first
 SEEDS = 0, 1, 2
 # the arms whose differences the lesson speaks of
-SEEDED = ("untied", "Muon", "default")
+SEEDED = ("untied", "Muon", "default", "recipe", USUAL)
 # evaluated on the way, too
 CURVES = ("nanoGPT", "tokens", "packed", "default", "recipe")
 
@@ -373,6 +375,11 @@ def best_rate(name, minutes):   # 0 where no others were tried
     return min(rates, key=rates.get, default=0)
 
 
+def rates_here():   # {arm: {rate: bits}}, of those that were tried on this machine
+    found = {name: rates_of(name, 1) for name in ARMS}
+    return {name: rates for name, rates in found.items() if rates}
+
+
 def train_arm(options):
     """Train one arm in this process.
 
@@ -480,15 +487,15 @@ def summary(folder):
     }
 
 
-def band(minutes):
+def band(arm, minutes):
     "The losses of three seeds: how far apart runs come out that differ in nothing."
-    folders = [folder_of("default", minutes, seed=seed) for seed in SEEDS]
+    folders = [folder_of(arm, minutes, seed=seed) for seed in SEEDS]
     arms = [lines_with("loss", folder) for folder in folders]
-    default = arms[0]
+    first = arms[0]
     return {
         "minutes": f"{minutes:g} min",
-        "steps": default[-1]["step"],
-        "tokens": [line["tokens"] for line in default],
+        "steps": first[-1]["step"],
+        "tokens": [line["tokens"] for line in first],
         "losses": [[round(line["loss"], 3) for line in lines] for lines in arms],
     }
 
@@ -542,14 +549,17 @@ def collect(options):
     known = json.loads(MEASURED.read_text())
     measurements = {"speed": {name: round(n, 4) for name, n in read_speed().items()}}
     for path in sorted(OUT.glob("* min/*/run.json")):
-        group = f"runs, {path.parent.parent.name}"
+        kind = "since" if path.parent.name.startswith("recipe") else "runs"
+        group = f"{kind}, {path.parent.parent.name}"   # for lesson 26 and 17
         runs = measurements.setdefault(group, dict(known.get(group, {})))
         runs[path.parent.name] = summary(path.parent)
-    measurements["rates"] = {name: rates_of(name, 1) for name in ARMS}
-    three = [folder_of("default", 3, seed=seed) for seed in SEEDS]
-    if all((folder / "run.json").exists() for folder in three):
-        measurements["band"] = band(3)
-        measurements |= about_the_default(three[0])
+    measurements["rates"] = known["rates"] | rates_here()
+    default = [folder_of("default", 3, seed=seed) for seed in SEEDS]
+    if all((folder / "run.json").exists() for folder in default):
+        measurements |= about_the_default(default[0])
+    usual = [folder_of(USUAL, 3, seed=seed) for seed in SEEDS]
+    if all((folder / "run.json").exists() for folder in usual):
+        measurements["band"] = band(USUAL, 3)
     store(**measurements)
     told = [
         f"{name} {list(value) if name.startswith('runs') else ''}"

@@ -30,7 +30,7 @@ from fair import CORPORA, INGREDIENTS, REFERENCE, ROOT, WORK, data_of, entry_of
 from minikl.files import OneLineParser, UserError, one_line_errors, write_atomically
 
 MEASURED = ROOT / "nbs" / "measured" / "race.json"
-OUT = ROOT / "out" / "race"
+RUNS = ROOT / "out" / "race" / "runs.json"   # of files
 RECORDS = ROOT / "data" / "race.md"
 # half of Student's 95 % interval, in standard errors, by the number of seeds
 STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365}
@@ -49,7 +49,7 @@ class Results:
         if self.path.exists():
             self.all = json.loads(self.path.read_text(encoding="utf-8"))
         if self.all["work"] != work:
-            raise UserError(f"{path}: of --work={self.all['work']}; choose a --file")
+            raise UserError(f"{path}: was measured with --work={self.all['work']}")
 
     def of(self, name, entry):   # {"idea", "options", "ratio", "steps", "bits", …}
         "What is known of an entry. `UserError` if it had other options then."
@@ -63,7 +63,9 @@ class Results:
         return known
 
     def save(self):
-        text = json.dumps(self.all, ensure_ascii=False, indent=1)
+        entries = self.all["entries"].items()
+        begun = {name: one for name, one in entries if "steps" in one}
+        text = json.dumps({**self.all, "entries": begun}, ensure_ascii=False, indent=1)
         write_atomically(self.path, text + "\n")
 
 
@@ -80,9 +82,13 @@ def in_a_process(*arguments):   # what tools/fair.py printed; None after an erro
 def measure_speed(source, known, results, options):
     if "steps" not in known:
         settings = f"--corpus={options.corpus}", f"--work={options.work}"
-        known.update(in_a_process(source, *settings) or {})
-        with results.lock:
-            results.save()
+        found = in_a_process(source, *settings)
+        if found:
+            known.update(found)
+            text = f"{source}: ratio {found['ratio']}, so {found['steps']} steps"
+            print(text, flush=True)
+            with results.lock:
+                results.save()
 
 
 def measure_seed(job, results, options):
@@ -91,13 +97,12 @@ def measure_seed(job, results, options):
         return
     settings = f"--corpus={options.corpus}", f"--steps={known['steps']}"
     found = in_a_process(source, f"--seed={seed}", *settings)
-    with results.lock:
-        if found:
+    if found:
+        print(f"{source}, seed {seed}: {found['bits']:.2f}", flush=True)
+        with results.lock:
             known["bits"][seed] = found["bits"]
             known["parameters"] = found["parameters"]
             results.save()
-        if None not in known["bits"]:
-            print(line_of(source, known, results), flush=True)
 
 
 def measure_all(sources, results, options):   # {source: what is known of it}
@@ -111,6 +116,8 @@ def measure_all(sources, results, options):   # {source: what is known of it}
         bits = known[source]["bits"]
         bits += [None] * (options.seeds - len(bits))
         jobs += [(source, known[source], i) for i, n in enumerate(bits) if n is None]
+    if jobs:
+        print(f"{len(jobs)} runs to make, {options.jobs} at a time", flush=True)
     settings = {"results": results, "options": options}
     with ThreadPoolExecutor(options.jobs) as pool:
         list(pool.map(partial(measure_speed, **settings), known, known.values()))
@@ -135,6 +142,14 @@ def interval(bits):   # (mean, half of its 95 % interval by Student's t)
     return mean(bits), STUDENT[len(bits)] * stdev(bits) / len(bits) ** 0.5
 
 
+def reference_bits(results):   # list of float; [] as long as they are not measured
+    entries = results.all["entries"]
+    if results.path == RUNS and MEASURED.exists():   # the same race
+        entries = json.loads(MEASURED.read_text(encoding="utf-8"))["entries"]
+    bits = entries.get(REFERENCE.idea, {"bits": []})["bits"]
+    return [] if None in bits else bits
+
+
 def line_of(source, known, results):   # text
     average, half = interval(known["bits"])
     bits = " ".join(f"{n:.2f}" for n in known["bits"])
@@ -142,9 +157,9 @@ def line_of(source, known, results):   # text
         f"{source}: ratio {known['ratio']}, {known['steps']} steps, {bits} → "
         f"{average:.2f} ± {half:.2f} bits per character"
     )
-    reference = results.all["entries"].get(REFERENCE.idea)
-    if source != REFERENCE.idea and reference and None not in reference["bits"]:
-        theirs = mean(reference["bits"])
+    reference = reference_bits(results)
+    if reference and source != REFERENCE.idea:
+        theirs = mean(reference)
         word = "better" if average < theirs else "worse"
         text += f"; reference {theirs:.2f}, {abs(theirs - average):.2f} {word}"
     return text
@@ -156,41 +171,51 @@ def read_records():   # list of (bits per character, line of data/race.md)
     return [(float(row.split("|")[3].split("±")[0]), row) for row in rows]
 
 
+def is_real(options):   # bool: the race of the records, or something tried out
+    return (options.corpus, options.work) == ("poetry", WORK)
+
+
 def results_for(options, path):   # Results
-    "Kept apart where the race is another one: to try something out."
-    if (options.corpus, options.work) != ("poetry", WORK):
-        path = OUT / f"{options.corpus} {options.work}.json"
+    if not is_real(options):
+        path = RUNS.with_name(f"{options.corpus} {options.work}.json")
     return Results(path, options.work)
 
 
 def measure(options):
     sources = options.names or [REFERENCE.idea, *INGREDIENTS]
-    known = measure_all(sources, results_for(options, MEASURED), options)
-    if failed := [name for name, one in known.items() if None in one["bits"]]:
-        raise UserError(f"not measured: {', '.join(failed)}; see above")
+    results = results_for(options, MEASURED)
+    known = measure_all(sources, results, options)
+    missing = [name for name, one in known.items() if None in one["bits"]]
+    for source, one in known.items():
+        if source not in missing:
+            print(line_of(source, one, results))
+    if missing:
+        raise UserError(f"not measured: {', '.join(missing)}; see above")
 
 
 def run(options):   # (what is known of the entry, whether it is a new record)
     "Measure one entry from a file, and say where it stands among the records."
-    if len(options.names) != 1 or not options.names[0].endswith(".py"):
-        raise UserError("expected one file: python tools/race.py run ENTRY.py")
-    source = options.names[0]
-    results = results_for(options, OUT / "runs.json")
-    known = measure_all(options.names, results, options)[source]
+    source, *others = options.names or [""]
+    if others or not source.endswith(".py"):
+        raise UserError(f"expected one file: race.py {options.what} ENTRY.py")
+    results = results_for(options, RUNS)
+    known = measure_all([source], results, options)[source]
     if None in known["bits"]:
         raise UserError(f"{source}: not measured; see above")
     records = read_records()
-    print("\n".join(["records:", *(row for _, row in records)]))
+    print("records:", *(row for _, row in records), sep="\n")
+    print(line_of(source, known, results))
     average, half = interval(known["bits"])
     best = min((bits for bits, _ in records), default=math.inf)
-    if (options.corpus, options.work, options.seeds) != ("poetry", WORK, 3):
-        print("Another race than that of the records: this was to try it out.")
-        return known, False
-    if average + half < best:
-        print(f"A new record: {average + half:.3f}, its upper end, is below {best}.")
-        print(f"Enter it: python tools/race.py record {source} --commit=… --by=…")
+    text = f"{average + half:.3f} at most, and the best so far is {best}"
+    if not is_real(options) or options.seeds != 3:
+        print("No record: this race is not that of the records.")
+    elif average + half < best:
+        print(f"A new record: {text}.")
+        print(f"To enter it: race.py record {source} --commit=HASH --by=NAME")
         return known, True
-    print(f"No record: {average + half:.3f}, its upper end, is not below {best}.")
+    else:
+        print(f"No record: {text}.")
     return known, False
 
 
@@ -200,14 +225,14 @@ def record(options):
         raise UserError("a row of the table needs --commit=HASH and --by=NAME")
     known, is_new = run(options)
     if not is_new:
-        raise UserError(f"{options.names[0]}: no record, so no row was added")
+        raise UserError(f"{options.names[0]}: no row was added to {RECORDS.name}")
     average, half = interval(known["bits"])
     number = len(read_records()) + 1
     cells = [number, date.today(), f"{average:.3f} ± {half:.3f}", known["steps"]]
     cells += [known["idea"], options.commit, options.by]
-    row = " | ".join(map(str, cells))
-    text = RECORDS.read_text(encoding="utf-8")
-    write_atomically(RECORDS, f"{text.rstrip()}\n| {row} |\n")
+    row = " | ".join(str(cell).replace("|", "/") for cell in cells)
+    text = RECORDS.read_text(encoding="utf-8").rstrip()
+    write_atomically(RECORDS, f"{text}\n| {row} |\n")
     print(f"added to {RECORDS.name}: | {row} |")
 
 
