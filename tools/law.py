@@ -339,7 +339,7 @@ def train_long(options):
     out = ROOT / "out" / "law"
     chosen = [
         f"--max_steps={prediction['steps']}",
-        f"--eval_every={prediction['steps'] // 10}",
+        f"--eval_every={prediction['steps'] // 100 * 10}",   # where a line is logged
         *shape_options(layers, width),
         f"--out_dir={out}",
         "--resume",
