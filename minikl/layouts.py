@@ -29,7 +29,7 @@ class Layout:
     and `unbatch` to undo it. Here they are laid end to end, (tokens). `UserError` for
     a batch without documents, or a document without tokens."""
 
-    candidates = None  # tokens to choose among, where not the whole vocabulary
+    candidates = None  # tokens to choose among in place of the whole vocabulary
 
     def __init__(
         self,
@@ -56,6 +56,12 @@ class Layout:
             if isinstance(value, torch.Tensor):
                 setattr(self, name, value.to(device, non_blocking=True))
         return self
+
+    def narrow(self, weight, targets):  # of the output layer: (vocab, d_model), ids
+        "Rows to choose among, which of them are right, what to add to their logits."
+        if self.candidates is None:
+            return weight, targets, None
+        return self.candidates.narrow(weight, targets)
 
 # %% ../nbs/08_nested_tensors.ipynb #c026
 class Padded(Layout):

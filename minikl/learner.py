@@ -169,12 +169,13 @@ class Learner:
         # a document of one token has no target
         docs += [torch.zeros(1, dtype=torch.long)] * n_missing
         mine = micro_batches(docs, peers.index(self.ranks.rank), len(peers), n_parts)
-        batches = [self.layout(part).to(self.ranks.device) for part in mine]
-        if self.learning.candidates:
-            self.narrow(batches, step)
+        batches = [self.layout(part) for part in mine]
+        if 0 < self.learning.candidates < self.config.vocab_size:
+            self.choose_candidates(batches, step)
+        batches = [batch.to(self.ranks.device) for batch in batches]
         return batches, max(1, documents.n_targets(drawn))
 
-    def narrow(
+    def choose_candidates(
         self,
         batches,  # of this process
         step,     # 0, 1, 2, …
@@ -182,13 +183,13 @@ class Learner:
         "Give the batches of a step the same candidates on every process."
         asked = torch.zeros(self.config.vocab_size, dtype=torch.bool)
         for batch in batches:
-            targets = batch.targets.cpu()
-            asked[targets[targets != IGNORE]] = True
+            asked[batch.targets[batch.targets != IGNORE]] = True
         asked = self.ranks.any(asked)
         seed = (self.learning.seed * 1_000_003 + step) % 2**63
         chosen = draw_candidates(asked, self.learning.candidates, seed)
+        chosen = chosen.to(self.ranks.device)
         for batch in batches:
-            batch.candidates = chosen.to(self.ranks.device)
+            batch.candidates = chosen
 
     def step(
         self,

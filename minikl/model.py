@@ -151,10 +151,8 @@ def count_by_formula(config):  # MiniKLConfig → weights of the model
     return config.num_layers * (attention + ffn + norms) + embeddings + width
 
 # %% ../nbs/08_nested_tensors.ipynb #c041x
-import torch
 from fastcore.basics import patch
 from torch.autograd.function import once_differentiable
-from torch.nn import functional as F
 
 from .data import IGNORE
 
@@ -183,9 +181,8 @@ def _add_gradients(
 
 # %% ../nbs/08_nested_tensors.ipynb #c041e2
 class ChunkedCrossEntropy(torch.autograd.Function):
-    """Summed cross-entropy of `hidden @ weight.T`, in float32 or wider. Each chunk of
-    logits is turned into gradients at once, and forgotten. Hsu et al. 2024,
-    arXiv:2410.10989."""
+    """Summed cross-entropy of `hidden @ weight.T`, in float32 or wider, a chunk of
+    logits after the other, and its gradients. Hsu et al. 2024, arXiv:2410.10989."""
 
     @staticmethod
     def forward(
@@ -204,11 +201,14 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         for start in range(0, len(hidden), CHUNK):
             chunk = slice(start, start + CHUNK)
             x, wanted = hidden[chunk], targets[chunk]
-            log_p = F.linear(x, weight, shift).to(wide).log_softmax(dim=-1)
+            logits = F.linear(x, weight).to(wide)  # (chunk, vocab)
+            if shift is not None:
+                logits += shift
+            log_p = logits.log_softmax(dim=-1)
             total += F.nll_loss(log_p, wanted, ignore_index=IGNORE, reduction="sum")
             if with_gradients:
                 _add_gradients(log_p, x, weight, wanted, d_hidden[chunk], d_weight)
-            del log_p  # before the next chunk takes its place
+            del logits, log_p  # before the next chunk takes its place
         if with_gradients:
             ctx.save_for_backward(d_hidden, d_weight)
         return total
@@ -225,8 +225,7 @@ def loss(
     self: MiniKL,
     batch,  # Padded, Packed or Nested
 ):          # (sum of cross-entropies in nats over real targets, number of them)
-    """Loss of a batch, a sum and not a mean: sums of parts add up to the sum of the
-    whole. `UserError` for a document longer than `max_seq_len`."""
+    "A sum, so that parts add up. `UserError` for a document above `max_seq_len`."
     longest = max(batch.lengths)
     if longest > self.config.max_seq_len:
         limit = f"max_seq_len={self.config.max_seq_len}"
@@ -236,10 +235,7 @@ def loss(
     if sum(batch.lengths) < len(targets):  # padding needs no output layer
         is_real = targets != IGNORE
         hidden, targets = hidden[is_real], targets[is_real]
-    weight = self.output_weight
-    shift = None
-    if batch.candidates is not None:  # some tokens in place of all
-        weight, targets, shift = batch.candidates.narrow(weight, targets)
+    weight, targets, shift = batch.narrow(self.output_weight, targets)
     is_training = torch.is_grad_enabled()
     total = ChunkedCrossEntropy.apply(hidden, weight, targets, shift, is_training)
     return total, (batch.targets != IGNORE).sum()

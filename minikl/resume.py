@@ -96,14 +96,14 @@ def read_checkpoint(
     if state["scaler"] and scaler.is_enabled():
         scaler.load_state_dict(state["scaler"])
 
-def announce(origin, changed, new_length, done, warmup):
+def announce(origin, changed, new_length, done, learning):
     "Say where a run goes on, and what is different from here on."
     say(f"continuing from {origin}")
     if changed:
         said = "; ".join(changed.values())
         say(f"not the same run from here on: {said}")
     if new_length:
-        rate = schedule(done, warmup)
+        rate = schedule(done, learning.warmup, decay=learning.decay)
         say(
             f"its length is another one now: {done:.0%} of it is done, "
             f"and the learning rate goes on at {rate:.0%} of its peak"
@@ -138,7 +138,7 @@ def continue_from(
         )
     if run.is_first:
         folder.begin(path)
-        announce(origin, changed, new_length, done, run.options.learning.warmup)
+        announce(origin, changed, new_length, done, run.options.learning)
     return True
 
 # %% ../nbs/reference/resume.ipynb #s004

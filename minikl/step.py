@@ -136,7 +136,7 @@ class Precision:
         "As `best`, but bf16 on a CPU, too, if it multiplies that in hardware."
         if device != "cpu":
             return Precision.best(device)
-        can = torch.cpu.get_capabilities()
+        can = getattr(torch.cpu, "get_capabilities", dict)()  # older ones cannot say
         has_bf16 = can.get("avx512_bf16") or can.get("amx_bf16")
         return "bf16" if has_bf16 else "fp32"
 

@@ -19,20 +19,23 @@ def random_case(n_tokens, vocab=50, d_model=16, dtype=torch.float64):
     return hidden, weight.requires_grad_(), targets
 
 
-def plain_loss(hidden, weight, targets):
-    logits = F.linear(hidden, weight)
+def plain_loss(hidden, weight, targets, shift=None):
+    logits = F.linear(hidden, weight, shift)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     return F.cross_entropy(logits, targets, ignore_index=IGNORE, reduction="sum")
 
 
-def chunked_loss(hidden, weight, targets):
+def chunked_loss(hidden, weight, targets, shift=None):
     with_gradients = torch.is_grad_enabled()
-    return ChunkedCrossEntropy.apply(hidden, weight, targets, with_gradients)
+    return ChunkedCrossEntropy.apply(hidden, weight, targets, shift, with_gradients)
 
 
+@pytest.mark.parametrize("is_shifted", [False, True])
 @pytest.mark.parametrize("n_tokens", [1, 2, CHUNK - 1, CHUNK, CHUNK + 1, 3 * CHUNK + 7])
-def test_value_and_gradients_equal_the_plain_loss(n_tokens):
+def test_value_and_gradients_equal_the_plain_loss(n_tokens, is_shifted):
     case = random_case(n_tokens)
+    if is_shifted:
+        case = *case, torch.randn(len(case[1]), dtype=torch.float64)
     ours = chunked_loss(*case)
     plain = plain_loss(*case)
     torch.testing.assert_close(ours, plain, rtol=0, atol=1e-9)

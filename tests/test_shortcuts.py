@@ -5,6 +5,7 @@ import pytest
 import torch
 from small_runs import GIVEN, TINY, losses, well
 
+from minikl import shortcuts
 from minikl.data import IGNORE
 from minikl.layouts import Nested
 from minikl.model import MiniKL, MiniKLConfig
@@ -22,6 +23,10 @@ class Lists(list):
     "Documents, as far as counting goes."
     def local_indices(self):
         return range(len(self))
+
+    @property
+    def lengths(self):
+        return torch.tensor([len(ids) for ids in self])
 
 
 def some(n_documents, vocab_size, seed=0):   # Lists
@@ -153,3 +158,42 @@ def test_the_first_loss_is_that_of_a_table(run, tmp_path):
     well(run("random", "--max_steps=1", "--candidates=0", "--start=random"))
     (counted,), (random,) = losses(tmp_path / "counted"), losses(tmp_path / "random")
     assert counted < random - 0.5 and not math.isnan(counted)
+
+
+def test_tokens_that_never_occur_do_no_harm():
+    "A large vocabulary of which the documents use a little."
+    documents = some(20, 30)
+    tables = first_tables(count_pairs(documents, 800), 8)
+    assert all(table.isfinite().all() for table in tables.values())
+    config = MiniKLConfig(
+        d_model=8, num_heads=2, num_kv_heads=1, num_layers=1, vocab_size=800
+    )
+    model = MiniKL(config)
+    ranks = Ranks(threads=1)
+    model.load_state_dict(dict(counted_weights(config, documents, 0, ranks)))
+    with torch.no_grad():
+        loss, n_targets = model.loss(Nested(list(documents)))
+    assert loss / n_targets < math.log(100)   # knows which ones occur
+
+
+def test_a_large_corpus_is_sampled(monkeypatch):
+    documents = some(40, 6)
+    monkeypatch.setattr(shortcuts, "MOST_TOKENS", 200)   # of 800
+    assert count_pairs(documents, 6).values().sum() == 10 * 19
+
+
+def test_no_documents_no_pairs():
+    assert count_pairs(Lists(), 6).values().sum() == 0
+    assert first_tables(count_pairs(Lists(), 6), 8)["head.weight"].isfinite().all()
+
+
+def test_the_draws_of_others_stay_as_they_are():
+    torch.manual_seed(3)
+    expected = torch.rand(1)
+    torch.manual_seed(3)
+    factors(count_pairs(some(9, 12), 12), 4)
+    assert torch.rand(1) == expected
+
+
+def test_a_single_table_begins_at_random(run):
+    well(run("tied", "--tie_embeddings", "--max_steps=2"))

@@ -45,6 +45,10 @@ def test_schedule():
     assert schedule(1.0) == pytest.approx(0)
     assert schedule(1.7, final=0.1) == pytest.approx(0.1)
     assert schedule(0.05, warmup=0.1) == pytest.approx(0.5)
+    down = [schedule(share, decay="linear") for share in (0.01, 0.02, 0.51, 1, 1.7)]
+    assert down == pytest.approx([0.5, 1, 0.5, 0, 0])
+    assert schedule(0.265, decay="linear") == pytest.approx(0.75)
+    assert schedule(0.265) > 0.85
 
 
 def five_steps(optimizer_class):
@@ -96,7 +100,7 @@ def test_every_weight_has_one_optimizer(kind, tied):
 def test_unknown_names_are_refused():
     with pytest.raises(UserError, match="expected 'muon' or 'adamw'"):
         make_optimizers(new_model(), "sgd")
-    with pytest.raises(UserError, match="expected auto, fp32, bf16 or fp16"):
+    with pytest.raises(UserError, match="expected auto, fastest, fp32, bf16 or fp16"):
         Precision("float16")
 
 
@@ -105,6 +109,10 @@ def test_precision():
     for supported, expected in ((True, "bf16"), (False, "fp16")):
         with patch("torch.cuda.is_bf16_supported", return_value=supported):
             assert Precision.best("cuda") == expected
+    for found, expected in (({}, "fp32"), ({"avx512_bf16": True}, "bf16")):
+        with patch("torch.cpu.get_capabilities", return_value=found):
+            assert Precision("fastest").name == expected
+            assert Precision("auto").name == "fp32"
     for name in ("fp32", "bf16", "fp16"):
         precision = Precision(name)
         with precision.autocast():
