@@ -199,9 +199,7 @@ def test_all_weights_are_optimized_once(name):
     assert sorted(seen) == sorted(weights)
 
 
-SAME_AT_FIRST = {
-    ValueEmbeddings, Scalars, Smear, BigramTable, TwoAhead, ZLoss
-}
+SAME_AT_FIRST = ValueEmbeddings, Scalars, Smear, BigramTable, TwoAhead, ZLoss
 
 
 @pytest.mark.parametrize("kind", SAME_AT_FIRST, ids=lambda kind: kind.__name__)

@@ -173,3 +173,34 @@ def test_figures_in_the_prose_are_those_that_were_measured(measured):
     gap = measured["runs, 3 min"]["default"]["bits_per_char"] - seen
     assert "Three tenths of a bit" in prose and abs(gap - 0.3) <= 0.05
     assert "不到 0.02 比特" in prose
+
+
+def test_the_gains_of_the_new_recipe_are_those_that_were_measured(measured):
+    "Lesson 26."
+    three = measured["runs, 3 min"] | measured["since, 3 min"]
+
+    def mean(arm):
+        names = (arm, f"{arm} seed=1", f"{arm} seed=2")
+        bits = [three[name]["bits_per_char"] for name in names if name in three]
+        return sum(bits) / len(bits)
+
+    new = mean("recipe")
+    said = {
+        "6.418": mean("default"),
+        "6.322": new,
+        "6.235": mean("recipe, 16 bits"),
+        "0.096": mean("default") - new,
+        "0.183": mean("default") - mean("recipe, 16 bits"),
+        "0.087": new - mean("recipe, 16 bits"),
+        "0.060": mean("recipe, whole vocabulary") - new,
+        "0.039": mean("recipe, random start") - new,
+        "0.007": mean("recipe, cosine") - new,
+    }
+    path = ROOT / "nbs" / "26_output_layer.ipynb"
+    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    prose = "".join(
+        "".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown"
+    )
+    for text, measurement in said.items():
+        assert text in prose, text
+        assert abs(float(text) - measurement) < 0.0011, text
