@@ -139,15 +139,22 @@ class Learner:
             learning.lr,
             learning.muon_lr,
             learning.weight_decay,
+            torch.bfloat16 if self.precision.name == "bf16" else torch.float32,
         )
+
+    def share_of_peak(
+        self,
+        done,  # share of the run that is done: 0 … 1
+    ):         # of the learning rate, by the schedule
+        learning = self.learning
+        return schedule(done, learning.warmup, decay=learning.decay)
 
     def set_rate(
         self,
         done,  # share of the run that is done: 0 … 1
     ):
         "Set all learning rates to what the schedule says."
-        learning = self.learning
-        factor = schedule(done, learning.warmup, decay=learning.decay)
+        factor = self.share_of_peak(done)
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = factor * group["peak_lr"]

@@ -25,7 +25,6 @@ from .files import UserError
 from .model import MiniKLConfig, check_header, read_config
 from .options import recipe
 from .record import say
-from .step import schedule
 
 # %% ../nbs/reference/resume.ipynb #s002
 def newest_on_any_host(
@@ -96,14 +95,13 @@ def read_checkpoint(
     if state["scaler"] and scaler.is_enabled():
         scaler.load_state_dict(state["scaler"])
 
-def announce(origin, changed, new_length, done, learning):
+def announce(origin, changed, new_length, done, rate):
     "Say where a run goes on, and what is different from here on."
     say(f"continuing from {origin}")
     if changed:
         said = "; ".join(changed.values())
         say(f"not the same run from here on: {said}")
     if new_length:
-        rate = schedule(done, learning.warmup, decay=learning.decay)
         say(
             f"its length is another one now: {done:.0%} of it is done, "
             f"and the learning rate goes on at {rate:.0%} of its peak"
@@ -138,7 +136,8 @@ def continue_from(
         )
     if run.is_first:
         folder.begin(path)
-        announce(origin, changed, new_length, done, run.options.learning)
+        rate = run.learner.share_of_peak(done)
+        announce(origin, changed, new_length, done, rate)
     return True
 
 # %% ../nbs/reference/resume.ipynb #s004

@@ -76,7 +76,7 @@ def count_pairs(
 ):               # (vocab, vocab), sparse: how often a token follows another
     "Count pairs of neighbors, in an even sample of `MOST_TOKENS` where there are more."
     pieces = documents.local_indices()
-    n_tokens = sum(int(documents.lengths[i]) for i in pieces)
+    n_tokens = int(documents.lengths[pieces].sum())
     numbers = [torch.zeros(0, dtype=torch.long)]
     for i in pieces[:: math.ceil(n_tokens / MOST_TOKENS) or 1]:
         ids = readable(documents[i])
@@ -112,10 +112,10 @@ def factors(
 
 # %% ../nbs/26_output_layer.ipynb #o025
 def first_tables(
-    counts,  # of pairs, from `count_pairs`
-    width,   # features of a token, 4 or more
+    counts,     # of pairs, from `count_pairs`
+    width,      # features of a token, 4 or more
     scale=0.3,  # of the embeddings: how far the first steps move them
-):           # {name of a weight: its first value}
+):              # {name of a weight: its first value}
     """Embeddings and output layer of a model that knows, before its first step, how
     often tokens follow each other. RMSNorm leaves their product as it is."""
     left, right, share = factors(counts, width - 2)
@@ -125,7 +125,7 @@ def first_tables(
     stretch = (width - 1) ** 0.5 / largest
     left *= stretch
     ones = torch.ones(len(left), 1)
-    # a feature that nothing reads, so that all embeddings are equally long
+    # a feature that the output layer does not see, so that all are equally long
     rest = (width - 1 - left.square().sum(1, keepdim=True)).clamp(min=0).sqrt()
     return {
         "embed.weight": scale * torch.cat([left, ones, rest], 1),
@@ -156,6 +156,7 @@ def counted_weights(
     tables = first_tables(counts, config.d_model) if ranks.rank == 0 else None
     return with_tables(from_first(tables), config, seed)
 
+# %% ../nbs/26_output_layer.ipynb #o026b
 def with_tables(tables, config, seed):  # iterator of (name, tensor)
     "Random weights, but for the tables, and for zeros where a block ends."
     torch.manual_seed(seed)

@@ -189,15 +189,17 @@ def sharded_like(
 
 # %% ../nbs/reference/precision.ipynb #c048
 class Muon(torch.optim.Optimizer):
-    "Momentum made orthogonal, for weight matrices; float32, unlike `torch.optim.Muon`."
+    "Momentum made orthogonal, for weight matrices. kellerjordan.github.io/posts/muon."
 
     def __init__(
         self,
-        params,            # 2-D parameters
-        lr=0.02,           # step in units of an orthogonal matrix
-        momentum=0.95,     # share of the running mean that is kept
-        weight_decay=0.1,  # per unit of lr
+        params,               # 2-D parameters
+        lr=0.02,              # step in units of an orthogonal matrix
+        momentum=0.95,        # share of the running mean that is kept
+        weight_decay=0.1,     # per unit of lr
+        dtype=torch.float32,  # of the products that make a matrix orthogonal
     ):
+        self.dtype = dtype
         options = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
         super().__init__(params, options)
 
@@ -210,19 +212,21 @@ class Muon(torch.optim.Optimizer):
                     state["mean"] = torch.zeros_like(weight)
                 mean = state["mean"].lerp_(weight.grad, 1 - group["momentum"])
                 ahead = weight.grad.lerp(mean, group["momentum"])
-                update = sharded_like(orthogonalize(unsharded(ahead)), weight)
+                update = orthogonalize(unsharded(ahead).to(self.dtype)).float()
+                update = sharded_like(update, weight)
                 rows, columns = weight.shape
                 weight.mul_(1 - group["lr"] * group["weight_decay"])
                 weight.add_(update, alpha=-group["lr"] * max(1, rows / columns) ** 0.5)
 
 # %% ../nbs/reference/precision.ipynb #c055
 def make_optimizers(
-    model,             # MiniKL
-    optimizer="muon",  # for the matrices of the blocks: "muon" or "adamw"
-    lr=3e-3,           # peak rate of AdamW
-    muon_lr=0.02,      # peak rate of Muon
-    weight_decay=0.1,  # for matrices; norms and embeddings have none
-):                     # list of torch optimizers; each group remembers its `peak_lr`
+    model,                # MiniKL
+    optimizer="muon",     # for the matrices of the blocks: "muon" or "adamw"
+    lr=3e-3,              # peak rate of AdamW
+    muon_lr=0.02,         # peak rate of Muon
+    weight_decay=0.1,     # for matrices; norms and embeddings have none
+    dtype=torch.float32,  # in which Muon multiplies matrices
+):                        # list of torch optimizers; each group remembers its `peak_lr`
     "AdamW for embeddings, output layer and norms; Muon or AdamW for the matrices."
     matrices = [weight for weight in model.blocks.parameters() if weight.ndim == 2]
     inside = {id(weight) for weight in matrices}
@@ -230,7 +234,9 @@ def make_optimizers(
     groups = [{"params": others, "weight_decay": 0.0}]
     optimizers = []
     if optimizer == "muon":
-        optimizers.append(Muon(matrices, muon_lr, weight_decay=weight_decay))
+        optimizers.append(
+            Muon(matrices, muon_lr, weight_decay=weight_decay, dtype=dtype)
+        )
     elif optimizer == "adamw":
         groups.insert(0, {"params": matrices, "weight_decay": weight_decay})
     else:

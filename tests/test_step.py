@@ -1,6 +1,7 @@
 "The training step: its edges, float16, Muon against PyTorch's."
 import math
 from contextlib import contextmanager
+from functools import partial
 from unittest.mock import patch
 
 import pytest
@@ -9,7 +10,10 @@ from torch import nn
 
 from minikl.files import UserError
 from minikl.layouts import Nested, Packed, Padded
+from minikl.learner import Learner
 from minikl.model import MiniKL, MiniKLConfig
+from minikl.options import parse_options
+from minikl.parallel import Ranks
 from minikl.step import (
     Muon,
     Precision,
@@ -65,9 +69,10 @@ def five_steps(optimizer_class):
 
 
 def test_muon_equals_that_of_pytorch():
-    ours = five_steps(Muon)
-    theirs = five_steps(torch.optim.Muon)   # iterates in bfloat16
-    assert 0 < (ours - theirs).norm() < 0.02 * ours.norm()
+    theirs = five_steps(torch.optim.Muon)   # multiplies in bfloat16
+    for dtype in (torch.bfloat16, torch.float32):
+        ours = five_steps(partial(Muon, dtype=dtype))
+        assert 0 < (ours - theirs).norm() < 0.03 * ours.norm()
     name = "torch.optim._muon._zeropower_via_newtonschulz"
     with patch(name, lambda gradient, *_: orthogonalize(gradient)):
         assert torch.equal(ours, five_steps(torch.optim.Muon))
@@ -187,3 +192,13 @@ def test_gradient_that_nothing_can_help(dtype, attempts):
     with pytest.raises(FloatingPointError, match=message):
         train_step(*args)
     assert torch.equal(weights_of(model), weights_of(new_model()))
+
+
+@pytest.mark.parametrize("name", ["fp32", "bf16", "fp16"])
+def test_muon_multiplies_in_16_bits_where_they_have_the_range(name):
+    options = parse_options([f"--dtype={name}", "--device=cpu"])
+    ranks = Ranks(threads=1)
+    config = new_model().config
+    learner = Learner(config, options.learning, options.machine, ranks)
+    muon, _ = learner.optimizers
+    assert muon.dtype == (torch.bfloat16 if name == "bf16" else torch.float32)

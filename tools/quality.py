@@ -37,6 +37,7 @@ sys.path.insert(0, str(ROOT))
 import minikl.learner
 import minikl.train
 from minikl.attention import causal_attention
+from minikl.checkpoint import FORMERLY
 from minikl.corpora import DATA, build_poetry
 from minikl.data import (
     IGNORE,
@@ -196,8 +197,6 @@ ONE_OUT = {
     "3 × 96": {"d_model": 96, "num_layers": 3},
     "tied": {"tie_embeddings": True},
 }
-# the recipe up to lesson 24, from which all arms above differ: that of a plain Llama
-BEFORE = {"decay": "cosine", "start": "random", "candidates": 0}
 # the recipe of train.py; from it, one thing taken out again
 SINCE = {
     "recipe": {},
@@ -227,7 +226,8 @@ def all_arms():   # {name: what differs from the defaults of train.py}
     arms["nanoGPT"] = NANO
     arms["packed"] = arms["tokens"] | PACKED
     arms |= ONE_OUT
-    return {name: BEFORE | arm for name, arm in arms.items()} | SINCE
+    # all of these differ from the recipe up to lesson 24
+    return {name: FORMERLY | arm for name, arm in arms.items()} | SINCE
 
 
 ARMS = all_arms()
