@@ -236,6 +236,9 @@ class SmallSteps(LearningOptions):
 class RewardRunOptions(Options):
     "All options of the script."
 
+    # the first weights are given, and the loss needs all logits
+    not_offered = ("start", "candidates")
+
     learning: SmallSteps = field(default_factory=SmallSteps)
     reward: FormOptions = field(default_factory=FormOptions)
 

@@ -214,6 +214,8 @@ def recipe():  # MiniKLConfig
 class Options:
     "All options of the script, each group for those whom it concerns."
 
+    not_offered = ()  # fields that a script of this kind has no use for
+
     data: DataOptions = field(default_factory=DataOptions)
     model: MiniKLConfig = field(default_factory=recipe)
     learning: LearningOptions = field(default_factory=LearningOptions)
@@ -275,12 +277,15 @@ def parse_options(
     for group in fields(kind):
         section = parser.add_argument_group(title_of(group))
         for entry in fields(group.type):
+            if entry.name in kind.not_offered:
+                continue
             default = RECIPE.get(entry.name, entry.default)
             add_option(section, entry.name, default, entry.metadata)
     chosen = vars(parser.parse_args(argv))
     groups = {}
     for group in fields(kind):
-        values = {entry.name: chosen[entry.name] for entry in fields(group.type)}
+        names = [entry.name for entry in fields(group.type)]
+        values = {name: chosen[name] for name in names if name in chosen}
         groups[group.name] = group.type(**values)
     return kind(**groups)
 

@@ -277,6 +277,8 @@ def test_another_seed_writes_other_answers(learn, tmp_path):
     ("--init_path=", "--init_path: a reward needs a model"),
     ("--plan", "--plan: not possible"),
     ("--shard", "--shard: not possible"),
+    ("--candidates=3", "unrecognized arguments: --candidates=3"),
+    ("--start=bigrams", "unrecognized arguments: --start=bigrams"),
     ("--group_size=1", "group_size=1: expected at least 2"),
     ("--longest=0", "longest=0: expected at least 1"),
     ("--data_jsonl_path=none.jsonl", "none.jsonl"),
