@@ -2,7 +2,7 @@
 
     python tools/law.py measure          processor time of a step of every shape, then
                                          all runs that are not in the file yet
-                                         (34 minutes of one core; --jobs=2: half)
+                                         (70 minutes of one core; --jobs=2: half)
     python tools/law.py predict          fit the law, and write down what it says about
                                          thirty minutes
     python tools/law.py long             the run of thirty minutes that it speaks of
@@ -16,7 +16,6 @@ run; a queue that was interrupted goes on.
 """
 import argparse
 import json
-import math
 import multiprocessing
 import os
 import subprocess
@@ -35,8 +34,10 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from minikl.files import write_atomically
 from minikl.law import (
+    POEMS,
     SHAPES,
     STEPS_PER_MINUTE,
+    TOKENS_PER_STEP,
     body_weights,
     fit_law,
     suggest,
@@ -95,6 +96,15 @@ TRIALS = [
     Trial(1, 64, minutes=0.25),
     Trial(2, 64, part=8),
     Trial(2, 128, part=2),
+    Trial(1, 64, part=2),
+    Trial(1, 128, part=2),
+    Trial(2, 64, part=2),
+    # three minutes: the law is to foretell them first
+    Trial(4, 192, minutes=3),
+    Trial(2, 192, minutes=3),
+    Trial(2, 128, minutes=3),
+    Trial(1, 128, minutes=3),
+    Trial(2, 128, minutes=3, part=2),
 ]
 # evaluated on the way as well: what the middle of a schedule looks like
 WATCHED = {Trial(2, 128), Trial(1, 64), Trial(4, 192)}
@@ -245,41 +255,38 @@ def measure(options):
 
 # ---- the prediction, and the run that it is about
 
-LONG = 30    # minutes of two cores
-DRAWS = 60   # of the bootstrap
+LONG = 30                # minutes of two cores
+LONG_SHAPE = (4, 192)    # that of lesson 17
+DRAWS = 60               # of the bootstrap
+NORMS = {"added up": 1.0, "as in a triangle": 2.0}   # of the law
 
 
 def cost_of(layers, width):   # measured, in steps of the reference
     return read_measured()["ratios"][f"{layers}x{width}"]
 
 
-# of the law: numbers that are given
-VERSIONS = {
-    "size and data": {"worth": math.inf, "start": 0.0, "crowding": 0.0},
-    "+ repetition": {"start": 0.0, "crowding": 0.0},
-    "+ start": {"crowding": 0.0},
-    "+ crowding": {},
-}
+def whole_corpus(runs, minutes):   # those with so many minutes or fewer
+    return [r for r in runs if r["part"] == 1 and r["minutes"] <= minutes]
 
 
-def leave_one_out(runs, **given):   # predicted minus measured bits, for each run
+def miss(law, run):   # predicted minus measured bits
+    weights = body_weights(run["layers"], run["width"])
+    return float(law.bits(weights, run["tokens"])) - run["bits_per_char"]
+
+
+def leave_one_out(runs, norm):   # predicted minus measured bits, for each run
     "What laws that do not know a run say about it."
-    misses = []
-    for i, run in enumerate(runs):
-        law = fit_law(runs[:i] + runs[i + 1 :], **given)
-        weights = body_weights(run["layers"], run["width"])
-        bits = law.bits(weights, run["tokens"], run["unique"])
-        misses.append(float(bits) - run["bits_per_char"])
-    return misses
+    laws = [fit_law(runs[:i] + runs[i + 1 :], norm) for i in range(len(runs))]
+    return [miss(law, run) for law, run in zip(laws, runs, strict=True)]
 
 
-def bootstrap(runs, n_draws, **given):   # list of Law
+def bootstrap(runs, n_draws, norm):   # list of Law
     "Laws that other runs of the same kind could have led to. Efron 1979."
     generator = torch.Generator().manual_seed(0)
     laws = []
     for _ in range(n_draws):
         drawn = torch.randint(len(runs), (len(runs),), generator=generator)
-        laws.append(fit_law([runs[i] for i in drawn.tolist()], **given))
+        laws.append(fit_law([runs[i] for i in drawn.tolist()], norm))
     return laws
 
 
@@ -292,39 +299,44 @@ def predict(options):
     measured = read_measured()
     if "long" in measured:
         sys.exit("the long run is over: what would be written now is no prediction")
-    runs = list(measured["runs"].values())
+    everything = list(measured["runs"].values())
+    short = whole_corpus(everything, minutes=1)
+    runs = whole_corpus(everything, minutes=3)
+    longer = [run for run in runs if run["minutes"] == 3]
     errors = {}
-    for name, fixed in VERSIONS.items():
-        errors[name] = root_mean_square(leave_one_out(runs, **fixed))
-    version = min(errors, key=errors.get)
-    laws = {name: fit_law(runs, **fixed) for name, fixed in VERSIONS.items()}
+    for name, norm in NORMS.items():
+        law = fit_law(short, norm)
+        errors[name] = root_mean_square([miss(law, run) for run in longer])
+    best = min(errors, key=errors.get)
+    laws = {"runs of a minute": fit_law(short, NORMS[best])}
+    laws["and of three"] = law = fit_law(runs, NORMS[best])
+    layers, width = LONG_SHAPE
     budget = LONG * STEPS_PER_MINUTE
-    best = suggest(budget, laws[version], cost_of)
-    unique = max(run["unique"] for run in runs)
-    place = body_weights(best.layers, best.width), best.tokens, unique
-    versions = {name: float(law.bits(*place)) for name, law in laws.items()}
-    drawn = bootstrap(runs, DRAWS, **VERSIONS[version])
-    answers = sorted(float(law.bits(*place)) for law in drawn)
+    steps = int(budget / cost_of(layers, width))
+    tokens = steps * TOKENS_PER_STEP
+    place = body_weights(layers, width), tokens
+    drawn = bootstrap(runs, DRAWS, NORMS[best])
+    answers = sorted(float(one.bits(*place)) for one in drawn)
     shapes = {}
     for shape in SHAPES:
-        one = suggest(budget, laws[version], cost_of, [shape])
+        one = suggest(budget, law, cost_of, [shape])
         shapes[f"{one.layers}x{one.width}"] = round(one.bits, 4)
     prediction = {
         "when": now(),
         "runs": len(runs),
-        "version": version,
-        "left_out": {name: round(bits, 4) for name, bits in errors.items()},
-        "law": asdict(laws[version]),
+        "norm": NORMS[best],
+        "three_minutes": {name: round(bits, 4) for name, bits in errors.items()},
+        "law": asdict(law),
         "minutes": LONG,
-        "shape": f"{best.layers}x{best.width}",
-        "cost": cost_of(best.layers, best.width),
-        "steps": best.steps,
-        "tokens": best.tokens,
-        "passes": round(best.tokens / unique, 2),
-        "bits": round(best.bits, 4),
+        "shape": f"{layers}x{width}",
+        "cost": cost_of(layers, width),
+        "steps": steps,
+        "tokens": tokens,
+        "passes": round(tokens / POEMS, 2),
+        "bits": round(float(law.bits(*place)), 4),
         "low": round(answers[DRAWS // 20], 4),
         "high": round(answers[-1 - DRAWS // 20], 4),
-        "versions": {name: round(bits, 4) for name, bits in versions.items()},
+        "laws": {name: round(float(one.bits(*place)), 4) for name, one in laws.items()},
         "shapes": shapes,
     }
     store("prediction", **prediction)
