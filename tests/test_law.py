@@ -184,7 +184,7 @@ def test_advice_for_a_default_run():
 @pytest.mark.parametrize("more", [
     "--corpus=toy", "--data_jsonl_path=x.jsonl", "--init_path=x", "--batch_size=16",
     "--start=random", "--optimizer=adamw", "--vocab_size=8000", "--ffn=FFN",
-    "--tie_embeddings", "--vocab_dict_path=x",
+    "--tie_embeddings", "--vocab_dict_path=x", "--d_ff=512",
 ])
 def test_where_the_law_does_not_apply_it_is_silent(more):
     options = parse_options([more])
@@ -196,6 +196,8 @@ def test_the_law_is_silent_beyond_its_minutes_and_on_a_gpu():
     for device, n_steps in (("cuda", 23_000), ("cpu", 20), ("cpu", 10**7)):
         assert advice(options, options.model, device, n_steps) == ""
     assert advice(options, options.model, "cpu", 23_000)
+    wide = parse_options(["--d_model=256", "--num_heads=8", "--num_kv_heads=8"])
+    assert advice(wide, wide.model, "cpu", 4_000)
 
 
 # ---- tools/law.py
