@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PRIOR', 'NOISE', 'TOKENS_PER_STEP', 'STEPS_PER_MINUTE', 'COST', 'POEMS', 'MOST_PASSES', 'SHAPES', 'POETRY', 'Law',
-           'body_weights', 'minimize', 'fit_law', 'step_cost', 'Suggestion', 'outcome', 'suggest']
+           'body_weights', 'minimize', 'fit_law', 'step_cost', 'Outcome', 'outcome', 'suggest']
 
 # %% ../nbs/27_law.ipynb #w004
 from dataclasses import dataclass
@@ -46,7 +46,8 @@ def body_weights(layers, width):  # weights of the blocks, norms left out
     return 12 * layers * width**2
 
 # %% ../nbs/27_law.ipynb #w031
-PRIOR = {  # of each number of a law: what is plausible, and the factor it may be off
+# as in `Law`: of each number, what is plausible, and the factor it may be off
+PRIOR = {
     "floor": (5.0, 1.15),
     "size": (0.5, 3.0),
     "size_power": (0.35, 1.4),
@@ -111,7 +112,7 @@ def step_cost(layers, width):
 
 # %% ../nbs/27_law.ipynb #w061
 POEMS = 2_536_339   # tokens to learn from in the poetry corpus
-MOST_PASSES = 7     # over a corpus: as far as the law was compared with a run
+MOST_PASSES = 7     # over the corpus; the longest run of the lesson makes 6.85
 SHAPES = [
     (1, 64), (2, 64), (1, 128), (2, 128), (3, 128), (2, 192), (3, 192),
     (4, 192), (2, 256), (3, 256), (4, 256),
@@ -127,8 +128,8 @@ POETRY = Law(
 
 # %% ../nbs/27_law.ipynb #w061b
 @dataclass
-class Suggestion:
-    "A model and how long to train it."
+class Outcome:
+    "What a run of a model comes to."
 
     layers: int
     width: int
@@ -142,12 +143,12 @@ def outcome(
     width,
     steps,       # of 32 documents
     law=POETRY,
-):               # Suggestion
+):               # Outcome
     "What a run comes to. Passes beyond those that the law knows are left out."
     steps = min(int(steps), MOST_PASSES * POEMS // TOKENS_PER_STEP)
     tokens = steps * TOKENS_PER_STEP
     bits = float(law.bits(body_weights(layers, width), tokens))
-    return Suggestion(layers, width, steps, tokens, bits)
+    return Outcome(layers, width, steps, tokens, bits)
 
 # %% ../nbs/27_law.ipynb #w062b
 def suggest(
@@ -155,7 +156,7 @@ def suggest(
     law=POETRY,
     cost=step_cost,  # (layers, width) → cost of a step
     shapes=SHAPES,   # to choose among: list of (layers, width)
-):                   # Suggestion
+):                   # Outcome
     "The shape that does best. `UserError` where none gets a hundred steps."
     found = []
     for layers, width in shapes:

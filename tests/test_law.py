@@ -171,31 +171,35 @@ def test_a_budget_that_is_too_small():
 
 
 def test_advice_for_a_default_run():
-    options = parse_options(["--minutes=30"])
-    said = advice(options, options.model, "cpu", 23_000)
-    best = suggest(23_000 * step_cost(2, 128))
-    assert f"--num_layers={best.layers} --d_model={best.width} " in said
-    assert f"about {outcome(2, 128, 23_000).bits:.2f} held-out" in said
-    lines = said.split("\n")
-    assert lines[0] == "" and all(len(line) <= 100 for line in lines)
-    parse_options(lines[-1].partition(" comes")[0].split())   # options that exist
+    options = parse_options([])
+    bits = outcome(2, 128, 2_300).bits   # no other shape is better
+    said = advice(options, options.model, "cpu", 2_300).partition("about ")[2]
+    assert said == f"{bits:.2f} held-out bits per character (the law of lesson 27)"
+    for n_steps, first in ((6_500, "about 6."), (23_000, "unknown: more than 7")):
+        said = advice(options, options.model, "cpu", n_steps)
+        best = suggest(n_steps * step_cost(2, 128))
+        assert first in said
+        assert f"--num_layers={best.layers} --d_model={best.width} " in said
+        lines = said.split("\n")
+        assert lines[0] == "" and all(len(line) <= 100 for line in lines)
+        parse_options(lines[-1].partition(" comes")[0].split())   # options that exist
 
 
 @pytest.mark.parametrize("more", [
     "--corpus=toy", "--data_jsonl_path=x.jsonl", "--init_path=x", "--batch_size=16",
     "--start=random", "--optimizer=adamw", "--vocab_size=8000", "--ffn=FFN",
-    "--tie_embeddings", "--vocab_dict_path=x", "--d_ff=512",
+    "--tie_embeddings", "--vocab_dict_path=x", "--d_ff=512", "--d_model=96",
 ])
 def test_where_the_law_does_not_apply_it_is_silent(more):
     options = parse_options([more])
-    assert advice(options, options.model, "cpu", 23_000) == ""
+    assert advice(options, options.model, "cpu", 2_300) == ""
 
 
 def test_the_law_is_silent_beyond_its_minutes_and_on_a_gpu():
     options = parse_options([])
-    for device, n_steps in (("cuda", 23_000), ("cpu", 20), ("cpu", 10**7)):
+    for device, n_steps in (("cuda", 2_300), ("cpu", 20), ("cpu", 10**7)):
         assert advice(options, options.model, device, n_steps) == ""
-    assert advice(options, options.model, "cpu", 23_000)
+    assert advice(options, options.model, "cpu", 2_300)
     wide = parse_options(["--d_model=256", "--num_heads=8", "--num_kv_heads=8"])
     assert advice(wide, wide.model, "cpu", 4_000)
 

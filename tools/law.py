@@ -40,7 +40,7 @@ from minikl.law import (
     TOKENS_PER_STEP,
     body_weights,
     fit_law,
-    suggest,
+    outcome,
 )
 from minikl.learner import Learner
 from minikl.options import parse_options
@@ -319,7 +319,7 @@ def predict(options):
     answers = sorted(float(one.bits(*place)) for one in drawn)
     shapes = {}
     for shape in SHAPES:
-        one = suggest(budget, law, cost_of, [shape])
+        one = outcome(*shape, budget / cost_of(*shape), law)
         shapes[f"{one.layers}x{one.width}"] = round(one.bits, 4)
     prediction = {
         "when": now(),
