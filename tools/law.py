@@ -65,6 +65,7 @@ class Trial:
     width: int
     minutes: float = 1
     part: int = 1   # every so many-th poem
+    more: str = ""  # another option
 
     @property
     def shape(self):
@@ -72,7 +73,8 @@ class Trial:
 
     @property
     def name(self):
-        return f"{self.shape}, {self.minutes:g} min, 1/{self.part}"
+        name = f"{self.shape}, {self.minutes:g} min, 1/{self.part}"
+        return f"{name}, {self.more}" if self.more else name
 
 
 # the most informative first, for whoever stops the queue early
@@ -105,6 +107,9 @@ TRIALS = [
     Trial(2, 128, minutes=3),
     Trial(1, 128, minutes=3),
     Trial(2, 128, minutes=3, part=2),
+    # who suffers from few poems?
+    Trial(2, 128, part=4, more="--start=random"),
+    Trial(2, 128, part=4, more="--candidates=0"),
 ]
 # evaluated on the way as well: what the middle of a schedule looks like
 WATCHED = {Trial(2, 128), Trial(1, 64), Trial(4, 192)}
@@ -197,7 +202,7 @@ def train(trial, ratio):   # what comes out: dict
     "One run, in this process."
     ranks, data = corpus()
     documents = some_of(data.documents, slice(None, None, trial.part))
-    options = options_of(trial.layers, trial.width)
+    options = options_of(trial.layers, trial.width, *trial.more.split())
     start = time.process_time()
     learner = learner_for(options, documents)
     n_steps = max(1, round(trial.minutes * STEPS_PER_MINUTE / ratio))
