@@ -140,8 +140,8 @@ def test_part_one_is_read_in_a_weekend():
 MODULES = (
     "files chat jsonl bpe tokenizer data rope attention layouts limits model step lora "
     "generate policy parallel checkpoint corpora rhyme form instruct dpo options "
-    "record prepare folder shortcuts learner ingredients resume trainer plan train "
-    "grpo recorded charts words page report bench llama writer api serve asking "
+    "record prepare folder shortcuts learner ingredients resume trainer law plan "
+    "train grpo recorded charts words page report bench llama writer api serve asking "
     "compared compare"
 ).split()
 
