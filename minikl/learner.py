@@ -139,7 +139,7 @@ class Learner:
             learning.lr,
             learning.muon_lr,
             learning.weight_decay,
-            torch.bfloat16 if self.precision.name == "bf16" else torch.float32,
+            torch.bfloat16 if self.precision.name == "bf16" else None,
         )
 
     def share_of_peak(

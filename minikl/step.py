@@ -193,11 +193,11 @@ class Muon(torch.optim.Optimizer):
 
     def __init__(
         self,
-        params,               # 2-D parameters
-        lr=0.02,              # step in units of an orthogonal matrix
-        momentum=0.95,        # share of the running mean that is kept
-        weight_decay=0.1,     # per unit of lr
-        dtype=torch.float32,  # of the products that make a matrix orthogonal
+        params,            # 2-D parameters
+        lr=0.02,           # step in units of an orthogonal matrix
+        momentum=0.95,     # share of the running mean that is kept
+        weight_decay=0.1,  # per unit of lr
+        dtype=None,        # of the products of matrices; None: that of the weights
     ):
         self.dtype = dtype
         options = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
@@ -212,7 +212,8 @@ class Muon(torch.optim.Optimizer):
                     state["mean"] = torch.zeros_like(weight)
                 mean = state["mean"].lerp_(weight.grad, 1 - group["momentum"])
                 ahead = weight.grad.lerp(mean, group["momentum"])
-                update = orthogonalize(unsharded(ahead).to(self.dtype)).float()
+                whole = unsharded(ahead).to(self.dtype or weight.dtype)
+                update = orthogonalize(whole).to(weight.dtype)
                 update = sharded_like(update, weight)
                 rows, columns = weight.shape
                 weight.mul_(1 - group["lr"] * group["weight_decay"])
@@ -220,13 +221,13 @@ class Muon(torch.optim.Optimizer):
 
 # %% ../nbs/reference/precision.ipynb #c055
 def make_optimizers(
-    model,                # MiniKL
-    optimizer="muon",     # for the matrices of the blocks: "muon" or "adamw"
-    lr=3e-3,              # peak rate of AdamW
-    muon_lr=0.02,         # peak rate of Muon
-    weight_decay=0.1,     # for matrices; norms and embeddings have none
-    dtype=torch.float32,  # in which Muon multiplies matrices
-):                        # list of torch optimizers; each group remembers its `peak_lr`
+    model,             # MiniKL
+    optimizer="muon",  # for the matrices of the blocks: "muon" or "adamw"
+    lr=3e-3,           # peak rate of AdamW
+    muon_lr=0.02,      # peak rate of Muon
+    weight_decay=0.1,  # for matrices; norms and embeddings have none
+    dtype=None,        # in which Muon multiplies matrices; None: that of the weights
+):                     # list of torch optimizers; each group remembers its `peak_lr`
     "AdamW for embeddings, output layer and norms; Muon or AdamW for the matrices."
     matrices = [weight for weight in model.blocks.parameters() if weight.ndim == 2]
     inside = {id(weight) for weight in matrices}
