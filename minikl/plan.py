@@ -19,6 +19,7 @@ import torch
 
 from .data import shuffled
 from minikl.law import (
+    HEAD,
     MOST_PASSES,
     SHAPES,
     STEPS_PER_MINUTE,
@@ -204,7 +205,7 @@ def advice(
         said = f"\nquality     unknown: more than {MOST_PASSES} passes over the poems"
     elif best.bits > ours.bits - SAME:
         return said + " (the law of lesson 27)"
-    heads = best.width // 32
+    heads = best.width // HEAD
     return (
         f"{said} (the law of lesson 27); in the same time\n"
         f"            --num_layers={best.layers} --d_model={best.width} "

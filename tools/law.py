@@ -2,7 +2,7 @@
 
     python tools/law.py measure          processor time of a step of every shape, then
                                          all runs that are not in the file yet
-                                         (70 minutes of one core; --jobs=2: half)
+                                         (75 minutes of one core; --jobs=2: half)
     python tools/law.py predict          fit the law, and write down what it says about
                                          thirty minutes
     python tools/law.py long             the run of thirty minutes that it speaks of
@@ -32,12 +32,13 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+from minikl.checkpoint import FORMERLY
 from minikl.files import write_atomically
 from minikl.law import (
+    HEAD,
     POEMS,
     SHAPES,
     STEPS_PER_MINUTE,
-    TOKENS_PER_STEP,
     body_weights,
     fit_law,
     outcome,
@@ -47,14 +48,18 @@ from minikl.options import parse_options
 from minikl.parallel import Ranks
 from minikl.plan import some_of
 from minikl.prepare import read_data
+from minikl.recorded import read_json_lines
 from minikl.shortcuts import weights_at_first
 
 MEASURED = ROOT / "nbs" / "measured" / "law.json"
-REFERENCE = ["--decay=cosine", "--start=random", "--candidates=0"]
-HEAD = 32                  # features of a head, whatever the shape
+REFERENCE = [f"--{name}={value}" for name, value in FORMERLY.items()]
 TURNS = 7                  # of the speed measurement
 STEPS_PER_TURN = 3
 SEEN = 500                 # training poems, at least, to evaluate on
+
+
+def shape_name(layers, width):
+    return f"{layers}x{width}"
 
 
 @dataclass(frozen=True)
@@ -69,7 +74,7 @@ class Trial:
 
     @property
     def shape(self):
-        return f"{self.layers}x{self.width}"
+        return shape_name(self.layers, self.width)
 
     @property
     def name(self):
@@ -186,7 +191,7 @@ def measure_speed(shapes):
     learners = {"reference": learner_for(options_of(2, 128, *REFERENCE), documents)}
     for layers, width in shapes:
         options = options_of(layers, width, "--start=random")  # the steps are the same
-        learners[f"{layers}x{width}"] = learner_for(options, documents)
+        learners[shape_name(layers, width)] = learner_for(options, documents)
     seconds = {name: [] for name in learners}
     for turn in range(TURNS + 1):
         for name, learner in learners.items():
@@ -195,7 +200,7 @@ def measure_speed(shapes):
     for name, turns in seconds.items():
         pairs = zip(turns[1:], seconds["reference"][1:], strict=True)  # after a warm-up
         found[name] = round(median(a / b for a, b in pairs), 4)
-    return found, median(seconds["reference"][1:])
+    return found
 
 
 def train(trial, ratio):   # what comes out: dict
@@ -239,11 +244,10 @@ def train(trial, ratio):   # what comes out: dict
 def measure(options):
     "Everything that is missing in the file."
     shapes = sorted({(trial.layers, trial.width) for trial in TRIALS} | set(SHAPES))
-    names = {f"{layers}x{width}" for layers, width in shapes}
+    names = {shape_name(*shape) for shape in shapes}
     if names - read_measured().get("ratios", {}).keys():
-        ratios, seconds = measure_speed(shapes)
+        ratios = measure_speed(shapes)
         store("ratios", **ratios)
-        store("about", seconds_of_a_reference_step=round(seconds, 4))
         print(f"processor time of a step, reference = 1: {ratios}", flush=True)
     ratios = read_measured()["ratios"]
     done = read_measured().get("runs", {})
@@ -267,16 +271,20 @@ NORMS = {"added up": 1.0, "as in a triangle": 2.0}   # of the law
 
 
 def cost_of(layers, width):   # measured, in steps of the reference
-    return read_measured()["ratios"][f"{layers}x{width}"]
+    return read_measured()["ratios"][shape_name(layers, width)]
 
 
 def whole_corpus(runs, minutes):   # those with so many minutes or fewer
     return [r for r in runs if r["part"] == 1 and r["minutes"] <= minutes]
 
 
-def miss(law, run):   # predicted minus measured bits
+def expected(law, run):   # bits per character
     weights = body_weights(run["layers"], run["width"])
-    return float(law.bits(weights, run["tokens"])) - run["bits_per_char"]
+    return float(law.bits(weights, run["tokens"]))
+
+
+def miss(law, run):   # predicted minus measured bits
+    return expected(law, run) - run["bits_per_char"]
 
 
 def leave_one_out(runs, norm):   # predicted minus measured bits, for each run
@@ -308,24 +316,21 @@ def predict(options):
     short = whole_corpus(everything, minutes=1)
     runs = whole_corpus(everything, minutes=3)
     longer = [run for run in runs if run["minutes"] == 3]
+    fits = {name: fit_law(short, norm) for name, norm in NORMS.items()}
     errors = {}
-    for name, norm in NORMS.items():
-        law = fit_law(short, norm)
+    for name, law in fits.items():
         errors[name] = root_mean_square([miss(law, run) for run in longer])
     best = min(errors, key=errors.get)
-    laws = {"runs of a minute": fit_law(short, NORMS[best])}
-    laws["and of three"] = law = fit_law(runs, NORMS[best])
-    layers, width = LONG_SHAPE
-    budget = LONG * STEPS_PER_MINUTE
-    steps = int(budget / cost_of(layers, width))
-    tokens = steps * TOKENS_PER_STEP
-    place = body_weights(layers, width), tokens
+    law = fit_law(runs, NORMS[best])
+    laws = {"runs of a minute": fits[best], "and of three": law}
+
+    def after_it(shape, law):   # Outcome
+        return outcome(*shape, LONG * STEPS_PER_MINUTE / cost_of(*shape), law)
+
     drawn = bootstrap(runs, DRAWS, NORMS[best])
-    answers = sorted(float(one.bits(*place)) for one in drawn)
-    shapes = {}
-    for shape in SHAPES:
-        one = outcome(*shape, budget / cost_of(*shape), law)
-        shapes[f"{one.layers}x{one.width}"] = round(one.bits, 4)
+    answers = sorted(after_it(LONG_SHAPE, one).bits for one in drawn)
+    shapes = {shape_name(*shape): after_it(shape, law).bits for shape in SHAPES}
+    ours = after_it(LONG_SHAPE, law)
     prediction = {
         "when": now(),
         "runs": len(runs),
@@ -333,16 +338,18 @@ def predict(options):
         "three_minutes": {name: round(bits, 4) for name, bits in errors.items()},
         "law": asdict(law),
         "minutes": LONG,
-        "shape": f"{layers}x{width}",
-        "cost": cost_of(layers, width),
-        "steps": steps,
-        "tokens": tokens,
-        "passes": round(tokens / POEMS, 2),
-        "bits": round(float(law.bits(*place)), 4),
+        "shape": shape_name(*LONG_SHAPE),
+        "cost": cost_of(*LONG_SHAPE),
+        "steps": ours.steps,
+        "tokens": ours.tokens,
+        "passes": round(ours.tokens / POEMS, 2),
+        "bits": round(ours.bits, 4),
         "low": round(answers[DRAWS // 20], 4),
         "high": round(answers[-1 - DRAWS // 20], 4),
-        "laws": {name: round(float(one.bits(*place)), 4) for name, one in laws.items()},
-        "shapes": shapes,
+        "laws": {
+            name: round(after_it(LONG_SHAPE, one).bits, 4) for name, one in laws.items()
+        },
+        "shapes": {name: round(bits, 4) for name, bits in shapes.items()},
     }
     store("prediction", **prediction)
     for name, value in prediction.items():
@@ -366,8 +373,7 @@ def train_long(options):
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     subprocess.run([*torchrun, script, *chosen], env=environment, check=True)
     run = json.loads((out / "run.json").read_text("utf-8"))
-    lines = (out / "metrics.jsonl").read_text("utf-8").splitlines()
-    lines = [json.loads(line) for line in lines]
+    lines = read_json_lines(out / "metrics.jsonl")
     tokens = {line["step"]: line["tokens"] for line in lines if "tokens" in line}
     curve = []
     for line in lines:
