@@ -256,7 +256,7 @@ MAY_BE_REPAIRED = {"lr", "muon_lr", "weight_decay", "clip", "dtype"}
 # to give a run more steps, or fewer
 MAY_BE_EXTENDED = {"epochs", "max_steps", "minutes"}
 # what versions did that had no such options
-FORMERLY = {"decay": "cosine", "start": "random", "candidates": 0}
+FORMERLY = {"decay": "cosine", "first_weights": "random", "candidates": 0}
 
 def settings_that_count(
     settings,  # of a run: {"options": {…}, "tokens": name, "dtype": name, …}

@@ -237,7 +237,7 @@ class RewardRunOptions(Options):
     "All options of the script."
 
     # the first weights are given, and the loss needs all logits
-    not_offered = ("start", "candidates")
+    not_offered = ("first_weights", "candidates")
 
     learning: SmallSteps = field(default_factory=SmallSteps)
     reward: FormOptions = field(default_factory=FormOptions)

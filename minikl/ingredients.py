@@ -33,11 +33,11 @@ class Entry:
     options: dict = field(default_factory=dict)  # of train.py: {"activation": "relu"}
     learner: type = Learner                      # or a subclass, `model_class` in it
 
-PLAIN = {"decay": "cosine", "start": "random", "candidates": 0}
+PLAIN = {"decay": "cosine", "first_weights": "random", "candidates": 0}
 REFERENCE = Entry("today's Llama", PLAIN)
 INGREDIENTS = {  # each on top of the options of `REFERENCE`
     "linear decay": Entry("the rate falls along a line", {"decay": "linear"}),
-    "start from bigrams": Entry("first weights from counts", {"start": "bigrams"}),
+    "start from bigrams": Entry("weights from counts", {"first_weights": "bigrams"}),
     "sampled softmax": Entry("a choice among some tokens", {"candidates": 500}),
     "query-key norm": Entry("queries and keys are normalized", {"qk_norm": True}),
     "weight tying": Entry("input and output share a table", {"tie_embeddings": True}),

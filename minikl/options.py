@@ -89,7 +89,7 @@ class LearningOptions:
     decay: str = option(
         "linear", "how it falls after that", choices=("linear", "cosine")
     )
-    start: str = option(
+    first_weights: str = option(
         "bigrams",
         "first weights of a new model: random ones, or embeddings and output layer "
         "from how often a token follows another",

@@ -171,10 +171,10 @@ def weights_at_first(
     documents,  # Documents to train on
     ranks,      # Ranks
 ):              # iterator of (name, tensor), or None: random ones
-    """What `--init_path` and `--start` say about the weights to begin with. A single
+    """What `--init_path` and `--first_weights` say about the beginning. A single
     table for input and output (`--tie_embeddings`) begins at random."""
     if options.data.init_path:
         return start_weights(options.data.init_path, config)
-    if options.learning.start == "random" or config.tie_embeddings:
+    if options.learning.first_weights == "random" or config.tie_embeddings:
         return None
     return counted_weights(config, documents, options.learning.seed, ranks)

@@ -278,7 +278,7 @@ def test_another_seed_writes_other_answers(learn, tmp_path):
     ("--plan", "--plan: not possible"),
     ("--shard", "--shard: not possible"),
     ("--candidates=3", "unrecognized arguments: --candidates=3"),
-    ("--start=bigrams", "unrecognized arguments: --start=bigrams"),
+    ("--first_weights=bigrams", "unrecognized arguments: --first_weights=bigrams"),
     ("--group_size=1", "group_size=1: expected at least 2"),
     ("--longest=0", "longest=0: expected at least 1"),
     ("--data_jsonl_path=none.jsonl", "none.jsonl"),

@@ -40,7 +40,7 @@ SMALL = {
     "vocab_size": 60,
     "max_seq_len": 128,
 }
-LEARNING = {"candidates", "decay", "start"}
+LEARNING = {"candidates", "decay", "first_weights"}
 NAMES = sorted(INGREDIENTS)
 each_ingredient = pytest.mark.parametrize("name", NAMES)
 

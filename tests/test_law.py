@@ -187,7 +187,7 @@ def test_advice_for_a_default_run():
 
 @pytest.mark.parametrize("more", [
     "--corpus=toy", "--data_jsonl_path=x.jsonl", "--init_path=x", "--batch_size=16",
-    "--start=random", "--optimizer=adamw", "--vocab_size=8000", "--ffn=FFN",
+    "--first_weights=random", "--optimizer=adamw", "--vocab_size=8000", "--ffn=FFN",
     "--tie_embeddings", "--vocab_dict_path=x", "--d_ff=512", "--d_model=96",
 ])
 def test_where_the_law_does_not_apply_it_is_silent(more):

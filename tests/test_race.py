@@ -103,11 +103,12 @@ def test_a_run_is_a_run_of_train(small, tmp_path):
     from minikl.trainer import Run
 
     chosen = fair.REFERENCE.options | {"corpus": "toy", "max_steps": 5, "seed": 1}
-    chosen |= {"threads": 1, "device": "cpu", "start": "bigrams", "out_dir": tmp_path}
+    chosen |= {"threads": 1, "device": "cpu", "out_dir": tmp_path}
+    chosen |= {"first_weights": "bigrams"}
     options = parse_options([f"--{name}={value}" for name, value in chosen.items()])
     Run(options, Ranks(1)).work()
     run = json.loads((tmp_path / "run.json").read_text(encoding="utf-8"))
-    found = fair.train(Entry("", {"start": "bigrams"}), "toy", 1, 5)
+    found = fair.train(Entry("", {"first_weights": "bigrams"}), "toy", 1, 5)
     assert found["bits"] == pytest.approx(run["bits_per_char"]["MiniKL"], abs=1e-4)
 
 
@@ -125,8 +126,9 @@ class WiderLearner(Learner):
 
 def test_another_model_begins_with_counts_too(small):
     "It takes over what the counts say, and keeps what is its own."
-    plain = fair.learner_of(Entry("", {"start": "bigrams"}), "toy").model
-    wider = fair.learner_of(Entry("", {"start": "bigrams"}, WiderLearner), "toy").model
+    counted = {"first_weights": "bigrams"}
+    plain = fair.learner_of(Entry("", counted), "toy").model
+    wider = fair.learner_of(Entry("", counted, WiderLearner), "toy").model
     assert wider.head.weight.equal(plain.head.weight)
     assert wider.embed.weight.equal(plain.embed.weight)
     assert not wider.blocks[0].state_dict()["ffn.w_down.weight"].any()
@@ -379,7 +381,7 @@ def test_the_table_says_where_the_rules_are():
 def test_a_record_from_the_file_to_the_line(tmp_path):
     "The script and its processes, on a small corpus and for very little work."
     path = tmp_path / "tiny.py"
-    entry = f"Entry('tiny', {SMALL | {'start': 'bigrams', 'candidates': 50}!r})"
+    entry = f"Entry('tiny', {SMALL | {'first_weights': 'bigrams', 'candidates': 50}!r})"
     text = f"from minikl.ingredients import Entry\nENTRY = {entry}\n"
     path.write_text(text, encoding="utf-8")
     options = ["--corpus=toy", "--work=4", "--seeds=1", "--jobs=1"]

@@ -16,9 +16,12 @@ import pytest
 import torch
 from conftest import ROOT
 from small_runs import RESULTS, losses
+from torch.distributed.run import get_args_parser
 
 from minikl import generate, train
+from minikl.grpo import RewardRunOptions
 from minikl.model import MiniKL, MiniKLConfig
+from minikl.options import Options
 from minikl.trainer import Run
 
 TINY = [
@@ -107,6 +110,13 @@ def compiler(monkeypatch):
         torch, "compile", partial(compile, backend=name)
     )
     torch.compiler.reset()
+
+
+@pytest.mark.parametrize("name", {**Options().flat(), **RewardRunOptions().flat()})
+def test_torchrun_hands_every_option_on(name):
+    "Its parser takes what begins like two options of its own for an error."
+    given = ["--nproc-per-node=2", "train.py", f"--{name}=1"]
+    assert get_args_parser().parse_args(given).training_script_args == given[2:]
 
 
 BACKENDS = ["aot_eager", pytest.param("inductor", marks=pytest.mark.long)]

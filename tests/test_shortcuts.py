@@ -135,7 +135,7 @@ def test_every_weight_moves_from_the_start():
 def test_two_processes_draw_the_same_candidates_and_learn_what_one_does(
     run, two, tmp_path
 ):
-    options = ["--max_steps=8", "--start=random"]
+    options = ["--max_steps=8", "--first_weights=random"]
     given = [*TINY, *GIVEN, f"--out_dir={tmp_path}/two"]
     well(two(*given, *options, "--candidates=3"))
     well(run("one", *options, "--candidates=3"))
@@ -155,7 +155,7 @@ def test_shards_begin_with_the_same_weights(run, two, tmp_path):
 
 def test_the_first_loss_is_that_of_a_table(run, tmp_path):
     well(run("counted", "--max_steps=1", "--candidates=0", "--lr=0", "--muon_lr=0"))
-    well(run("random", "--max_steps=1", "--candidates=0", "--start=random"))
+    well(run("random", "--max_steps=1", "--candidates=0", "--first_weights=random"))
     (counted,), (random,) = losses(tmp_path / "counted"), losses(tmp_path / "random")
     assert counted < random - 0.5 and not math.isnan(counted)
 

@@ -206,7 +206,7 @@ def test_a_checkpoint_of_an_older_version_goes_on(kind, run, tmp_path):
         (out / f"{name}.jsonl.running").touch()
     options = ["--max_steps=12", f"--optimizer={kind}", "--save_every=4", "--resume"]
     one_line(run(kind, *options), "of another run: decay=linear, there cosine")
-    options += ["--decay=cosine", "--start=random", "--candidates=0"]
+    options += ["--decay=cosine", "--first_weights=random", "--candidates=0"]
     assert "continuing from" in well(run(kind, *options))
     assert not list(out.glob("*running"))
     expected = json.loads((OLD / kind / "losses.json").read_text())

@@ -10,9 +10,9 @@
     python tools/law.py list             what there is to run, and what is done
 
 A minute is the processor time of 557 steps of the reference: the recipe of lesson 17,
-with --decay=cosine --start=random --candidates=0. A run of another shape gets as many
-steps as cost the same processor time. Results lie in nbs/measured/law.json, one line a
-run; a queue that was interrupted goes on.
+with --decay=cosine --first_weights=random --candidates=0. A run of another shape gets
+as many steps as cost the same processor time. Results lie in nbs/measured/law.json, one
+line a run; a queue that was interrupted goes on.
 """
 import argparse
 import json
@@ -113,7 +113,7 @@ TRIALS = [
     Trial(1, 128, minutes=3),
     Trial(2, 128, minutes=3, part=2),
     # who suffers from few poems?
-    Trial(2, 128, part=4, more="--start=random"),
+    Trial(2, 128, part=4, more="--first_weights=random"),
     Trial(2, 128, part=4, more="--candidates=0"),
 ]
 # evaluated on the way as well: what the middle of a schedule looks like
@@ -190,7 +190,8 @@ def measure_speed(shapes):
     documents = corpus()[1].documents
     learners = {"reference": learner_for(options_of(2, 128, *REFERENCE), documents)}
     for layers, width in shapes:
-        options = options_of(layers, width, "--start=random")  # the steps are the same
+        # how a step began does not matter for its time
+        options = options_of(layers, width, "--first_weights=random")
         learners[shape_name(layers, width)] = learner_for(options, documents)
     seconds = {name: [] for name in learners}
     for turn in range(TURNS + 1):

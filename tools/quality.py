@@ -201,7 +201,7 @@ ONE_OUT = {
 SINCE = {
     "recipe": {},
     "recipe, cosine": {"decay": "cosine"},
-    "recipe, random start": {"start": "random"},
+    "recipe, random start": {"first_weights": "random"},
     "recipe, whole vocabulary": {"candidates": 0},
     "recipe, 16 bits": {"dtype": "fastest"},
 }

@@ -2,5 +2,5 @@
 this train.py has its defaults."""
 from minikl.ingredients import Entry
 
-OPTIONS = {"decay": "linear", "candidates": 500, "start": "bigrams"}
+OPTIONS = {"decay": "linear", "candidates": 500, "first_weights": "bigrams"}
 ENTRY = Entry("+ start from bigrams", OPTIONS)

@@ -26,5 +26,5 @@ class Averaged(Learner):
         return super().bits_per_char(documents)
 
 
-OPTIONS = {"decay": "linear", "candidates": 500, "start": "bigrams"}
+OPTIONS = {"decay": "linear", "candidates": 500, "first_weights": "bigrams"}
 ENTRY = Entry("+ average of the last weights", OPTIONS, Averaged)
