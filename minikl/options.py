@@ -73,7 +73,8 @@ class LearningOptions:
     )
     lr: float = option(
         0.02,
-        "peak learning rate of AdamW; 0.003 suits --optimizer=adamw",
+        "peak learning rate of AdamW; 0.003 suits --optimizer=adamw, "
+        "and 0.005 many passes over the documents",
         at_least=0,
         below=math.inf,
     )

@@ -6,7 +6,11 @@
     python tools/law.py predict          fit the law, and write down what it says about
                                          thirty minutes
     python tools/law.py long             the run of thirty minutes that it speaks of
-                                         (two processes)
+                                         (two processes), and two with the options that
+                                         suit half an hour
+    torchrun --nproc-per-node=2 tools/law.py pace
+                                         what a step of two processes takes with these
+                                         options, and with those of before
     python tools/law.py list             what there is to run, and what is done
 
 A minute is the processor time of 557 steps of the reference: the recipe of lesson 17,
@@ -53,7 +57,7 @@ from minikl.shortcuts import weights_at_first
 
 MEASURED = ROOT / "nbs" / "measured" / "law.json"
 REFERENCE = [f"--{name}={value}" for name, value in FORMERLY.items()]
-TURNS = 7                  # of the speed measurement
+TURNS = 7                  # of a speed measurement
 STEPS_PER_TURN = 3
 SEEN = 500                 # training poems, at least, to evaluate on
 
@@ -112,9 +116,22 @@ TRIALS = [
     Trial(2, 128, minutes=3),
     Trial(1, 128, minutes=3),
     Trial(2, 128, minutes=3, part=2),
-    # who suffers from few poems?
-    Trial(2, 128, part=4, more="--first_weights=random"),
-    Trial(2, 128, part=4, more="--candidates=0"),
+]
+# half of the poems are read nearly five times: what learns them by heart?
+MANY_PASSES = [
+    "",
+    "--candidates=0",
+    "--first_weights=random",
+    "--first_weights=random --candidates=0",
+    "--first_weights=random --lr=0.01",
+    "--first_weights=random --lr=0.005",
+    "--first_weights=random --lr=0.01 --muon_lr=0.03",
+    "--first_weights=random --muon_lr=0.01",
+    "--weight_decay=0.5",
+]
+TRIALS += [
+    Trial(2, 128, minutes=3, part=2, more=f"--dtype=bf16 {more}".strip())
+    for more in MANY_PASSES
 ]
 # evaluated on the way as well: what the middle of a schedule looks like
 WATCHED = {Trial(2, 128), Trial(1, 64), Trial(4, 192)}
@@ -177,29 +194,28 @@ def learner_for(options, documents):   # Learner, before its first step
     return Learner(config, options.learning, options.machine, ranks, weights)
 
 
-def seconds_of_a_step(learner, documents, turn):   # of processor time
-    start = time.process_time()
+def seconds_of_a_step(learner, documents, turn):
+    "Of the processor; of the clock on the wall if processes wait for each other."
+    seconds = time.process_time if learner.ranks.world == 1 else time.perf_counter
+    start = seconds()
     for step in range(turn * STEPS_PER_TURN, (turn + 1) * STEPS_PER_TURN):
         learner.step(documents, step, 0.01)
-    return (time.process_time() - start) / STEPS_PER_TURN
+    return (seconds() - start) / STEPS_PER_TURN
 
 
-def measure_speed(shapes):
-    """Processor time of a step with one thread, in units of the reference: all shapes
-    by turns, on the same poems in the same turn."""
+def measure_speed(arms):   # {name: Options} → {name: cost}
+    """What a step of each arm costs, in units of a step of the first: all arms by
+    turns, on the same poems in the same turn."""
     documents = corpus()[1].documents
-    learners = {"reference": learner_for(options_of(2, 128, *REFERENCE), documents)}
-    for layers, width in shapes:
-        # how a step began does not matter for its time
-        options = options_of(layers, width, "--first_weights=random")
-        learners[shape_name(layers, width)] = learner_for(options, documents)
+    learners = {name: learner_for(arm, documents) for name, arm in arms.items()}
+    first = next(iter(learners))
     seconds = {name: [] for name in learners}
     for turn in range(TURNS + 1):
         for name, learner in learners.items():
             seconds[name].append(seconds_of_a_step(learner, documents, turn))
     found = {}
     for name, turns in seconds.items():
-        pairs = zip(turns[1:], seconds["reference"][1:], strict=True)  # after a warm-up
+        pairs = zip(turns[1:], seconds[first][1:], strict=True)  # after a warm-up
         found[name] = round(median(a / b for a, b in pairs), 4)
     return found
 
@@ -247,7 +263,10 @@ def measure(options):
     shapes = sorted({(trial.layers, trial.width) for trial in TRIALS} | set(SHAPES))
     names = {shape_name(*shape) for shape in shapes}
     if names - read_measured().get("ratios", {}).keys():
-        ratios = measure_speed(shapes)
+        arms = {"reference": options_of(2, 128, *REFERENCE)}
+        for shape in shapes:   # how a run begins does not matter for its pace
+            arms[shape_name(*shape)] = options_of(*shape, "--first_weights=random")
+        ratios = measure_speed(arms)
         store("ratios", **ratios)
         print(f"processor time of a step, reference = 1: {ratios}", flush=True)
     ratios = read_measured()["ratios"]
@@ -357,15 +376,57 @@ def predict(options):
         print(name, value)
 
 
+# ---- half an hour
+
+HALF_HOUR = [   # what suits it
+    "--dtype=fastest",
+    "--first_weights=random",
+    "--candidates=0",
+    "--lr=0.005",
+]
+HALF_HOUR_STEPS = 9900
+OLD_STEPS = 5800   # of the recipe of before, in lesson 17
+
+
+def pace(options):
+    "What steps of two processes cost, where one with the recipe of before costs 1."
+    three_minutes = {
+        "before": REFERENCE,
+        "32 bits": ["--first_weights=random"],
+        "16 bits": ["--first_weights=random", "--dtype=fastest"],
+    }
+    half_an_hour = {"before": REFERENCE, "half an hour": HALF_HOUR}
+    found = {}
+    for shape, arms in (((2, 128), three_minutes), (LONG_SHAPE, half_an_hour)):
+        costs = measure_speed({arm: options_of(*shape, *arms[arm]) for arm in arms})
+        for arm, cost in costs.items():
+            found[f"{shape_name(*shape)}, {arm}"] = cost
+    ranks, _ = corpus()
+    if ranks.rank == 0:
+        store("pace", **found)
+        print(found)
+    if ranks.world > 1:
+        torch.distributed.destroy_process_group()
+
+
 def train_long(options):
-    "The run of the prediction, by torchrun; one that was interrupted goes on."
-    prediction = read_measured()["prediction"]
-    layers, width = map(int, prediction["shape"].split("x"))
-    out = ROOT / "out" / "law"
+    "The run that was foretold, and two with other options."
+    train_in_two("4x192", read_measured()["prediction"]["steps"])
+    train_in_two("4x192, half an hour", HALF_HOUR_STEPS, *HALF_HOUR)
+    train_in_two("4x192, as many steps", OLD_STEPS, *HALF_HOUR)
+
+
+def train_in_two(name, n_steps, *more):
+    "A run by torchrun, unless it is done; one that was interrupted goes on."
+    if name in read_measured().get("long", {}):
+        return
+    layers, width = LONG_SHAPE
+    out = ROOT / "out" / name
     chosen = [
-        f"--max_steps={prediction['steps']}",
-        f"--eval_every={prediction['steps'] // 100 * 10}",   # where a line is logged
+        f"--max_steps={n_steps}",
+        f"--eval_every={n_steps // 100 * 10}",   # where a line is logged
         *shape_options(layers, width),
+        *more,
         f"--out_dir={out}",
         "--resume",
     ]
@@ -373,26 +434,29 @@ def train_long(options):
     script = str(ROOT / "minikl" / "train.py")
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     subprocess.run([*torchrun, script, *chosen], env=environment, check=True)
+    store("long", **{name: long_result(out, layers, width)})
+
+
+def long_result(out, layers, width):   # dict, of a finished run
     run = json.loads((out / "run.json").read_text("utf-8"))
     lines = read_json_lines(out / "metrics.jsonl")
-    tokens = {line["step"]: line["tokens"] for line in lines if "tokens" in line}
+    steps = {line["step"]: line for line in lines if "tokens" in line}
     curve = []
     for line in lines:
         if "bits_per_char" in line:
-            bits = round(line["bits_per_char"], 4)
-            curve.append([line["step"], tokens.get(line["step"]), bits])
-    result = {
+            tokens = steps[line["step"]]["tokens"]
+            curve.append([line["step"], tokens, round(line["bits_per_char"], 4)])
+    last = list(steps.values())[-10:]
+    return {
         "layers": layers,
         "width": width,
-        "steps": max(tokens),
-        "tokens": tokens[max(tokens)],
+        "steps": max(steps),
+        "tokens": steps[max(steps)]["tokens"],
         "bits_per_char": round(run["bits_per_char"]["MiniKL"], 4),
+        "loss": round(sum(line["loss"] for line in last) / len(last), 4),
         "curve": curve,
         "when": now(),
     }
-    store("long", **{prediction["shape"]: result})
-    found = result["bits_per_char"]
-    print(f"predicted {prediction['bits']}, measured {found}")
 
 
 def list_trials(options):
@@ -407,6 +471,7 @@ def list_trials(options):
 COMMANDS = {
     "measure": measure,
     "predict": predict,
+    "pace": pace,
     "long": train_long,
     "list": list_trials,
 }
