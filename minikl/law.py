@@ -115,7 +115,7 @@ def step_cost(layers, width):
 
 # %% ../nbs/27_law.ipynb #w061
 POEMS = 2_536_339   # tokens to learn from in the poetry corpus
-MOST_PASSES = 7     # over the corpus; the longest run of the lesson makes 6.85
+MOST_PASSES = 7     # over the corpus; the run that was foretold makes 6.85
 HEAD = 32           # features of a head, whatever the shape
 SHAPES = [
     (1, 64), (2, 64), (1, 128), (2, 128), (3, 128), (2, 192), (3, 192),

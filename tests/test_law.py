@@ -37,6 +37,12 @@ def tool():
     sys.path.remove(str(ROOT / "tools"))
 
 
+@pytest.fixture(scope="module")
+def measured():
+    path = ROOT / "nbs" / "measured" / "law.json"
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
 def runs_under(law, noise=0.0):   # what short runs would measure in a world of this law
     generator = torch.Generator().manual_seed(0)
     runs = []
@@ -213,6 +219,26 @@ def test_the_trials_are_what_the_lesson_says(tool):
     assert len({trial.name for trial in tool.TRIALS}) == len(tool.TRIALS)
 
 
+def test_every_trial_is_measured_with_options_that_exist(tool, measured):
+    for trial in tool.TRIALS:
+        tool.options_of(trial.layers, trial.width, *trial.more.split())
+        run = measured["runs"][trial.name]
+        steps = trial.minutes * STEPS_PER_MINUTE / measured["ratios"][trial.shape]
+        assert run["steps"] == round(steps)
+
+
+def test_the_price_of_a_step(tool, monkeypatch):
+    "In units of the first arm; a wider model costs more."
+    monkeypatch.setattr(tool, "TURNS", 3)
+    ranks = tool.Ranks(threads=1, device="cpu")
+    toy = ["--corpus=toy", "--vocab_size=400", "--first_weights=random"]
+    narrow, wide = tool.options_of(1, 32, *toy), tool.options_of(2, 128, *toy)
+    data = tool.read_data(narrow.data, narrow.model, ranks)
+    monkeypatch.setattr(tool, "corpus", lambda: (ranks, data))
+    found = tool.measure_speed({"narrow": narrow, "wide": wide})
+    assert found["narrow"] == 1 and found["wide"] > 1
+
+
 def test_measurements_are_added_and_kept(tool, tmp_path, monkeypatch):
     monkeypatch.setattr(tool, "MEASURED", tmp_path / "law.json")
     assert tool.read_measured() == {}
@@ -244,17 +270,23 @@ def test_a_run_on_the_toy_corpus(tool, monkeypatch):
     assert tool.train(trial, ratio=0.5)["bits_per_char"] == result["bits_per_char"]
 
 
-@pytest.fixture(scope="module")
-def measured():
-    path = ROOT / "nbs" / "measured" / "law.json"
-    return json.loads(path.read_text(encoding="utf-8"))
-
-
 def test_the_prediction_is_older_than_the_run(measured):
     prediction = measured["prediction"]
     run = measured["long"][prediction["shape"]]
     assert prediction["when"] < run["when"]
     assert run["steps"] == prediction["steps"]
+
+
+def test_half_an_hour_was_trained_as_the_tool_says(tool, measured):
+    long = measured["long"]
+    assert long["4x192, half an hour"]["steps"] == tool.HALF_HOUR_STEPS
+    assert long["4x192, as many steps"]["steps"] == tool.OLD_STEPS
+    path = ROOT / "nbs" / "measured" / "quality.json"
+    (before,) = json.loads(path.read_text(encoding="utf-8"))["runs, 30 min"].values()
+    assert before["steps"] == tool.OLD_STEPS
+    # no more time than the recipe of before had
+    cost = measured["pace"]["4x192, half an hour"]
+    assert tool.HALF_HOUR_STEPS * cost <= tool.OLD_STEPS
 
 
 def test_the_package_has_the_law_that_was_written_down(measured):

@@ -2,7 +2,7 @@
 
     python tools/law.py measure          processor time of a step of every shape, then
                                          all runs that are not in the file yet
-                                         (75 minutes of one core; --jobs=2: half)
+                                         (two hours of one core; --jobs=2: half)
     python tools/law.py predict          fit the law, and write down what it says about
                                          thirty minutes
     python tools/law.py long             the run of thirty minutes that it speaks of
@@ -15,8 +15,8 @@
 
 A minute is the processor time of 557 steps of the reference: the recipe of lesson 17,
 with --decay=cosine --first_weights=random --candidates=0. A run of another shape gets
-as many steps as cost the same processor time. Results lie in nbs/measured/law.json, one
-line a run; a queue that was interrupted goes on.
+as many steps as cost the same processor time with the default options. Results lie in
+nbs/measured/law.json, one line a run; a queue that was interrupted goes on.
 """
 import argparse
 import json
@@ -196,11 +196,11 @@ def learner_for(options, documents):   # Learner, before its first step
 
 def seconds_of_a_step(learner, documents, turn):
     "Of the processor; of the clock on the wall if processes wait for each other."
-    seconds = time.process_time if learner.ranks.world == 1 else time.perf_counter
-    start = seconds()
+    clock = time.process_time if learner.ranks.world == 1 else time.perf_counter
+    start = clock()
     for step in range(turn * STEPS_PER_TURN, (turn + 1) * STEPS_PER_TURN):
         learner.step(documents, step, 0.01)
-    return (seconds() - start) / STEPS_PER_TURN
+    return (clock() - start) / STEPS_PER_TURN
 
 
 def measure_speed(arms):   # {name: Options} → {name: cost}
@@ -384,12 +384,15 @@ HALF_HOUR = [   # what suits it
     "--candidates=0",
     "--lr=0.005",
 ]
-HALF_HOUR_STEPS = 9900
+HALF_HOUR_STEPS = 9900   # chosen before `pace` was measured: 26 minutes by it
 OLD_STEPS = 5800   # of the recipe of before, in lesson 17
 
 
 def pace(options):
     "What steps of two processes cost, where one with the recipe of before costs 1."
+    ranks, _ = corpus()
+    if ranks.world == 1:
+        sys.exit("pace: expected two processes; begin it by torchrun")
     three_minutes = {
         "before": REFERENCE,
         "32 bits": ["--first_weights=random"],
@@ -401,19 +404,18 @@ def pace(options):
         costs = measure_speed({arm: options_of(*shape, *arms[arm]) for arm in arms})
         for arm, cost in costs.items():
             found[f"{shape_name(*shape)}, {arm}"] = cost
-    ranks, _ = corpus()
     if ranks.rank == 0:
         store("pace", **found)
         print(found)
-    if ranks.world > 1:
-        torch.distributed.destroy_process_group()
+    torch.distributed.destroy_process_group()
 
 
 def train_long(options):
     "The run that was foretold, and two with other options."
-    train_in_two("4x192", read_measured()["prediction"]["steps"])
-    train_in_two("4x192, half an hour", HALF_HOUR_STEPS, *HALF_HOUR)
-    train_in_two("4x192, as many steps", OLD_STEPS, *HALF_HOUR)
+    shape = shape_name(*LONG_SHAPE)
+    train_in_two(shape, read_measured()["prediction"]["steps"])
+    train_in_two(f"{shape}, half an hour", HALF_HOUR_STEPS, *HALF_HOUR)
+    train_in_two(f"{shape}, as many steps", OLD_STEPS, *HALF_HOUR)
 
 
 def train_in_two(name, n_steps, *more):
@@ -440,18 +442,18 @@ def train_in_two(name, n_steps, *more):
 def long_result(out, layers, width):   # dict, of a finished run
     run = json.loads((out / "run.json").read_text("utf-8"))
     lines = read_json_lines(out / "metrics.jsonl")
-    steps = {line["step"]: line for line in lines if "tokens" in line}
+    logged = {line["step"]: line for line in lines if "tokens" in line}
     curve = []
     for line in lines:
         if "bits_per_char" in line:
-            tokens = steps[line["step"]]["tokens"]
+            tokens = logged[line["step"]]["tokens"]
             curve.append([line["step"], tokens, round(line["bits_per_char"], 4)])
-    last = list(steps.values())[-10:]
+    last = list(logged.values())[-10:]
     return {
         "layers": layers,
         "width": width,
-        "steps": max(steps),
-        "tokens": steps[max(steps)]["tokens"],
+        "steps": max(logged),
+        "tokens": logged[max(logged)]["tokens"],
         "bits_per_char": round(run["bits_per_char"]["MiniKL"], 4),
         "loss": round(sum(line["loss"] for line in last) / len(last), 4),
         "curve": curve,
