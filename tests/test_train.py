@@ -213,7 +213,7 @@ def test_a_checkpoint_of_an_older_version_goes_on(kind, run, tmp_path):
     assert losses(out) == pytest.approx(expected, rel=1e-3)
 
 
-OPTIONS = "optimizer=adamw", "dtype=bf16", "candidates=3", "start=random"
+OPTIONS = "optimizer=adamw", "dtype=bf16", "candidates=3", "first_weights=random"
 
 
 @pytest.mark.parametrize("options", [[], *([f"--{option}"] for option in OPTIONS)])
