@@ -104,7 +104,8 @@ STEPS_PER_MINUTE = 557  # of the reference of lesson 17, on the two cores of its
 COST = (0.0574, 0.0331, 0.0678, 0.0587)  # fitted below
 
 
-def cost_terms(layers, width):  # of which `COST` has the prices: four numbers
+def cost_terms(layers, width):  # four numbers
+    "What a step of a shape has of each thing that `COST` has a price for."
     unit = width / 64
     return [1, layers, unit, layers * unit**2]
 

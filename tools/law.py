@@ -119,20 +119,20 @@ TRIALS = [
 ]
 # half of the poems are read nearly five times: what learns them by heart?
 MANY_PASSES = [
-    "",
-    "--candidates=0",
-    "--first_weights=random",
-    "--first_weights=random --candidates=0",
-    "--first_weights=random --lr=0.01",
-    "--first_weights=random --lr=0.005",
-    "--first_weights=random --lr=0.01 --muon_lr=0.03",
-    "--first_weights=random --muon_lr=0.01",
-    "--weight_decay=0.5",
+    Trial(2, 128, minutes=3, part=2, more=more)
+    for more in (
+        "--dtype=bf16",
+        "--dtype=bf16 --candidates=0",
+        "--dtype=bf16 --first_weights=random",
+        "--dtype=bf16 --first_weights=random --candidates=0",
+        "--dtype=bf16 --first_weights=random --lr=0.01",
+        "--dtype=bf16 --first_weights=random --lr=0.005",
+        "--dtype=bf16 --first_weights=random --lr=0.01 --muon_lr=0.03",
+        "--dtype=bf16 --first_weights=random --muon_lr=0.01",
+        "--dtype=bf16 --weight_decay=0.5",
+    )
 ]
-TRIALS += [
-    Trial(2, 128, minutes=3, part=2, more=f"--dtype=bf16 {more}".strip())
-    for more in MANY_PASSES
-]
+TRIALS += MANY_PASSES
 # evaluated on the way as well: what the middle of a schedule looks like
 WATCHED = {Trial(2, 128), Trial(1, 64), Trial(4, 192)}
 
@@ -448,14 +448,12 @@ def long_result(out, layers, width):   # dict, of a finished run
         if "bits_per_char" in line:
             tokens = logged[line["step"]]["tokens"]
             curve.append([line["step"], tokens, round(line["bits_per_char"], 4)])
-    last = list(logged.values())[-10:]
     return {
         "layers": layers,
         "width": width,
         "steps": max(logged),
         "tokens": logged[max(logged)]["tokens"],
         "bits_per_char": round(run["bits_per_char"]["MiniKL"], 4),
-        "loss": round(sum(line["loss"] for line in last) / len(last), 4),
         "curve": curve,
         "when": now(),
     }
