@@ -6,11 +6,12 @@
     python tools/law.py predict          fit the law, and write down what it says about
                                          thirty minutes
     python tools/law.py long             the run of thirty minutes that it speaks of
-                                         (two processes), and two with the options that
-                                         suit half an hour
+                                         (two processes), and those with the options
+                                         that suit half an hour
     torchrun --nproc-per-node=2 tools/law.py pace
                                          what a step of two processes takes with these
                                          options, and with those of before
+    python tools/law.py three            three minutes of two processes, by this pace
     python tools/law.py list             what there is to run, and what is done
 
 A minute is the processor time of 557 steps of the reference: the recipe of lesson 17,
@@ -129,6 +130,8 @@ MANY_PASSES = [
         "--dtype=bf16 --first_weights=random --lr=0.005",
         "--dtype=bf16 --first_weights=random --lr=0.01 --muon_lr=0.03",
         "--dtype=bf16 --first_weights=random --muon_lr=0.01",
+        "--dtype=bf16 --first_weights=random --candidates=0 --lr=0.005",
+        "--dtype=bf16 --candidates=0 --lr=0.005",
         "--dtype=bf16 --weight_decay=0.5",
     )
 ]
@@ -410,24 +413,45 @@ def pace(options):
     torch.distributed.destroy_process_group()
 
 
+SEEDS = 0, 1, 2
+
+
 def train_long(options):
-    "The run that was foretold, and two with other options."
+    "The run that was foretold, and those with other options."
     shape = shape_name(*LONG_SHAPE)
-    train_in_two(shape, read_measured()["prediction"]["steps"])
-    train_in_two(f"{shape}, half an hour", HALF_HOUR_STEPS, *HALF_HOUR)
-    train_in_two(f"{shape}, as many steps", OLD_STEPS, *HALF_HOUR)
+    foretold = read_measured()["prediction"]["steps"]
+    train_in_two("long", shape, LONG_SHAPE, foretold)
+    for seed in SEEDS:
+        name = named(f"{shape}, half an hour", seed)
+        chosen = [*HALF_HOUR, f"--seed={seed}"]
+        train_in_two("long", name, LONG_SHAPE, HALF_HOUR_STEPS, *chosen)
+    train_in_two("long", f"{shape}, as many steps", LONG_SHAPE, OLD_STEPS, *HALF_HOUR)
 
 
-def train_in_two(name, n_steps, *more):
+def train_three(options):
+    "As many steps as two processes take in three minutes, by `pace`."
+    shape = 2, 128
+    for name, dtype in (("32 bits", "fp32"), ("16 bits", "fastest")):
+        cost = read_measured()["pace"][f"{shape_name(*shape)}, {name}"]
+        n_steps = round(3 * STEPS_PER_MINUTE / cost)
+        for seed in SEEDS:
+            chosen = [f"--dtype={dtype}", f"--seed={seed}"]
+            train_in_two("three", named(name, seed), shape, n_steps, *chosen)
+
+
+def named(name, seed):   # text
+    return f"{name} seed={seed}" if seed else name
+
+
+def train_in_two(group, name, shape, n_steps, *more):
     "A run by torchrun, unless it is done; one that was interrupted goes on."
-    if name in read_measured().get("long", {}):
+    if name in read_measured().get(group, {}):
         return
-    layers, width = LONG_SHAPE
-    out = ROOT / "out" / name
+    out = ROOT / "out" / group / name
     chosen = [
         f"--max_steps={n_steps}",
         f"--eval_every={n_steps // 100 * 10}",   # where a line is logged
-        *shape_options(layers, width),
+        *shape_options(*shape),
         *more,
         f"--out_dir={out}",
         "--resume",
@@ -436,7 +460,7 @@ def train_in_two(name, n_steps, *more):
     script = str(ROOT / "minikl" / "train.py")
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     subprocess.run([*torchrun, script, *chosen], env=environment, check=True)
-    store("long", **{name: long_result(out, layers, width)})
+    store(group, **{name: long_result(out, *shape)})
 
 
 def long_result(out, layers, width):   # dict, of a finished run
@@ -473,6 +497,7 @@ COMMANDS = {
     "predict": predict,
     "pace": pace,
     "long": train_long,
+    "three": train_three,
     "list": list_trials,
 }
 
