@@ -289,6 +289,13 @@ def test_half_an_hour_was_trained_as_the_tool_says(tool, measured):
     assert tool.HALF_HOUR_STEPS * cost <= tool.OLD_STEPS
 
 
+def test_two_processes_were_trained_three_minutes(tool, measured):
+    assert len(measured["three"]) == 6
+    for name, run in measured["three"].items():
+        cost = measured["pace"]["2x128, " + name.partition(" seed=")[0]]
+        assert run["steps"] == round(3 * STEPS_PER_MINUTE / cost), name
+
+
 def test_the_package_has_the_law_that_was_written_down(measured):
     for name, value in measured["prediction"]["law"].items():
         assert getattr(POETRY, name) == pytest.approx(value, rel=0.01), name
