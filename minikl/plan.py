@@ -25,6 +25,7 @@ from minikl.law import (
     POEMS,
     SHAPES,
     STEPS_PER_MINUTE,
+    TOKENS_PER_STEP,
     outcome,
     step_cost,
     suggest,
@@ -166,7 +167,7 @@ def measure_costs(
 # %% ../nbs/reference/plan.ipynb #n006
 LAW_MINUTES = (0.25, 45)  # of two cores: for which the law says anything
 SAME = 0.01               # bits that are not worth another shape
-MANY_PASSES = 5           # over the poems: at 4 no better, at 6 clearly
+MANY_PASSES = 5           # over the poems, beyond which lesson 27 chose other options
 FOR_MANY_PASSES = "--first_weights=random --candidates=0 --lr=0.005"
 
 def law_applies(
@@ -204,22 +205,19 @@ def advice(
         return ""
     ours = outcome(config.num_layers, config.d_model, n_steps)
     best = suggest(budget)
-    is_known = ours.steps == n_steps
     said = f"about {ours.bits:.2f} held-out bits per character"
-    if not is_known:
+    if ours.steps < n_steps:
         said = f"unknown: more than {MOST_PASSES} passes over the poems"
     lines = [f"\nquality     {said} (the law of lesson 27)"]
-    if is_known and best.bits > ours.bits - SAME:
-        best = ours
-    else:
+    if best.bits < ours.bits - SAME:
         heads = best.width // HEAD
         lines.append(
             f"same time   --num_layers={best.layers} --d_model={best.width} "
             f"--num_heads={heads} --num_kv_heads={heads}: about {best.bits:.2f}"
         )
-    passes = best.tokens / POEMS
+    passes = n_steps * TOKENS_PER_STEP / POEMS
     if passes > MANY_PASSES:
-        lines.append(f"{passes:.1f} passes  {FOR_MANY_PASSES} learn less by heart")
+        lines.append(f"{passes:.0f} passes    may want {FOR_MANY_PASSES} (lesson 27)")
     return "\n".join(lines)
 
 # %% ../nbs/reference/plan.ipynb #3de0a9c5

@@ -6,13 +6,13 @@
     python tools/law.py predict          fit the law, and write down what it says about
                                          thirty minutes
     python tools/law.py long             the run of thirty minutes that it speaks of
-                                         (two processes), and those with the options
-                                         that suit half an hour
+                                         (two processes), and four with the options that
+                                         suit half an hour
     torchrun --nproc-per-node=2 tools/law.py pace
                                          what a step of two processes takes with these
                                          options, and with those of before
     python tools/law.py three            three minutes of two processes, by this pace
-    python tools/law.py list             what there is to run, and what is done
+    python tools/law.py list             the short runs: which there are, which are done
 
 A minute is the processor time of 557 steps of the reference: the recipe of lesson 17,
 with --decay=cosine --first_weights=random --candidates=0. A run of another shape gets
@@ -51,10 +51,11 @@ from minikl.law import (
 from minikl.learner import Learner
 from minikl.options import parse_options
 from minikl.parallel import Ranks
-from minikl.plan import some_of
+from minikl.plan import FOR_MANY_PASSES, some_of
 from minikl.prepare import read_data
 from minikl.recorded import read_json_lines
 from minikl.shortcuts import weights_at_first
+from minikl.step import Precision
 
 MEASURED = ROOT / "nbs" / "measured" / "law.json"
 REFERENCE = [f"--{name}={value}" for name, value in FORMERLY.items()]
@@ -119,7 +120,7 @@ TRIALS = [
     Trial(2, 128, minutes=3, part=2),
 ]
 # half of the poems are read nearly five times: what learns them by heart?
-MANY_PASSES = [
+HALF_THE_POEMS = [
     Trial(2, 128, minutes=3, part=2, more=more)
     for more in (
         "--dtype=bf16",
@@ -135,7 +136,7 @@ MANY_PASSES = [
         "--dtype=bf16 --weight_decay=0.5",
     )
 ]
-TRIALS += MANY_PASSES
+TRIALS += HALF_THE_POEMS
 # evaluated on the way as well: what the middle of a schedule looks like
 WATCHED = {Trial(2, 128), Trial(1, 64), Trial(4, 192)}
 
@@ -379,16 +380,12 @@ def predict(options):
         print(name, value)
 
 
-# ---- half an hour
+# ---- runs of two processes
 
-HALF_HOUR = [   # what suits it
-    "--dtype=fastest",
-    "--first_weights=random",
-    "--candidates=0",
-    "--lr=0.005",
-]
+HALF_HOUR = ["--dtype=fastest", *FOR_MANY_PASSES.split()]
 HALF_HOUR_STEPS = 9900   # chosen before `pace` was measured: 26 minutes by it
 OLD_STEPS = 5800   # of the recipe of before, in lesson 17
+SEEDS = 0, 1, 2
 
 
 def pace(options):
@@ -411,9 +408,6 @@ def pace(options):
         store("pace", **found)
         print(found)
     torch.distributed.destroy_process_group()
-
-
-SEEDS = 0, 1, 2
 
 
 def train_long(options):
@@ -511,6 +505,8 @@ def main(argv=None):
     parser.add_argument("what", choices=COMMANDS)
     parser.add_argument("--jobs", type=int, default=1, help="runs at the same time")
     options = parser.parse_args(argv)
+    if options.what in ("pace", "long", "three") and Precision.fastest("cpu") == "fp32":
+        sys.exit(f"{options.what}: this processor has no products of 16 bits")
     COMMANDS[options.what](options)
 
 
