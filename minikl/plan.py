@@ -217,7 +217,8 @@ def advice(
         )
     passes = n_steps * TOKENS_PER_STEP / POEMS
     if passes > MANY_PASSES:
-        lines.append(f"{passes:.0f} passes    may want {FOR_MANY_PASSES} (lesson 27)")
+        label = f"{passes:.0f} passes"
+        lines.append(f"{label:12}may want {FOR_MANY_PASSES} (lesson 27)")
     return "\n".join(lines)
 
 # %% ../nbs/reference/plan.ipynb #3de0a9c5
