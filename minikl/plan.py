@@ -209,16 +209,16 @@ def advice(
     if ours.steps < n_steps:
         said = f"unknown: more than {MOST_PASSES} passes over the poems"
     lines = [f"\nquality     {said} (the law of lesson 27)"]
+    passes = n_steps * TOKENS_PER_STEP / POEMS
+    if passes > MANY_PASSES:
+        label = f"{passes:.0f} passes"
+        lines.append(f"{label:12}may want {FOR_MANY_PASSES} (lesson 27)")
     if best.bits < ours.bits - SAME:
         heads = best.width // HEAD
         lines.append(
             f"same time   --num_layers={best.layers} --d_model={best.width} "
             f"--num_heads={heads} --num_kv_heads={heads}: about {best.bits:.2f}"
         )
-    passes = n_steps * TOKENS_PER_STEP / POEMS
-    if passes > MANY_PASSES:
-        label = f"{passes:.0f} passes"
-        lines.append(f"{label:12}may want {FOR_MANY_PASSES} (lesson 27)")
     return "\n".join(lines)
 
 # %% ../nbs/reference/plan.ipynb #3de0a9c5

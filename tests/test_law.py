@@ -196,7 +196,7 @@ def test_advice_for_a_default_run():
 
 
 def test_advice_for_many_passes():
-    quality, shape, many = advised(23_000)
+    quality, many, shape = advised(23_000)
     assert "unknown: more than 7 passes" in quality
     best = suggest(23_000 * step_cost(2, 128))
     assert f"--num_layers={best.layers} --d_model={best.width} " in shape
