@@ -136,7 +136,15 @@ HALF_THE_POEMS = [
         "--dtype=bf16 --weight_decay=0.5",
     )
 ]
-TRIALS += HALF_THE_POEMS
+# with candidates a step takes 1/1.2 of the time, so there are more of them
+AS_LONG = [
+    Trial(2, 128, minutes=3.6, part=2, more=more)
+    for more in (
+        "--dtype=bf16 --first_weights=random --lr=0.005",
+        "--dtype=bf16 --first_weights=random --lr=0.01",
+    )
+]
+TRIALS += HALF_THE_POEMS + AS_LONG
 # evaluated on the way as well: what the middle of a schedule looks like
 WATCHED = {Trial(2, 128), Trial(1, 64), Trial(4, 192)}
 
