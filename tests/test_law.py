@@ -236,7 +236,7 @@ def test_the_law_is_silent_beyond_its_minutes_and_on_a_gpu():
 
 def test_the_trials_are_what_the_lesson_says(tool):
     minutes = [trial.minutes for trial in tool.TRIALS]
-    assert minutes.count(1) >= 12 and 3 <= max(minutes) < 4
+    assert minutes.count(1) >= 12 and max(minutes) == 3.6
     assert len({trial.name for trial in tool.TRIALS}) == len(tool.TRIALS)
 
 
